@@ -1,0 +1,72 @@
+# latentmill: `make help` lists what there is. Every target sets up .venv by itself, once.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/ready
+# A machine with an NVIDIA GPU gets the GPU extra (xFormers) from the same commands.
+EXTRAS := dev$(shell nvidia-smi -L >/dev/null 2>&1 && echo ,gpu)
+
+SHARDS      ?=
+OUT         ?= data/latents
+MODEL       ?=
+RESOLUTIONS ?=
+MINUTES     ?= 4
+ARGS        ?=
+
+help:  ## this text
+	@echo "latentmill: encode image shards once, then train U-Nets from latent shards alone."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Train on what 'make precompute' wrote:  accelerate launch train/main.py"
+	@echo "  (after: source $(VENV)/bin/activate)"
+
+setup: $(READY)  ## install everything into .venv (again only when pyproject.toml changes)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); wanted 3.11 or newer. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "setting up $(VENV) (extras: $(EXTRAS)); this happens once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@touch $(READY)
+
+demo: $(READY)  ## the whole path on scenes it draws itself: a grid of images in minutes (MINUTES=4)
+	@$(PY) -m examples.demo --minutes $(MINUTES) $(ARGS)
+
+precompute: $(READY)  ## stage 1: SHARDS="...{00000..00099}.tar" [OUT=data/latents MODEL=<folder|hub id> RESOLUTIONS=256,512]
+	@$(PY) -m precompute --shards '$(SHARDS)' --out '$(OUT)' \
+	  $(if $(MODEL),--model '$(MODEL)') $(if $(RESOLUTIONS),--resolutions '$(RESOLUTIONS)') $(ARGS)
+
+train: $(READY)  ## stage 2: train on data/latents with the preset that fits it (ARGS="tiny --max-steps 300")
+	@$(VENV)/bin/accelerate launch train/main.py $(ARGS)
+
+bench: $(READY)  ## online against offline training, side by side (last line: JSON)
+	@$(PY) -m benchmarks $(ARGS)
+
+test: $(READY)  ## all tests (ARGS="-k order")
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+check: $(READY)  ## lint, formatting, types, import contracts
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+plan:  ## the bill before the job: time, bytes, money (not there yet)
+	@echo "make plan: there is no planner yet; nothing was computed" >&2; exit 2
+
+report:  ## runs and results as one HTML page (not there yet)
+	@echo "make report: there is no report yet; nothing was written" >&2; exit 2
+
+tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45 minutes on 2 cores)
+	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)
+
+clean:  ## remove .venv, caches and the demo's data (never data/latents, never other runs)
+	rm -rf $(VENV) data/demo data/bench runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup demo precompute train bench test check plan report tiny-model clean

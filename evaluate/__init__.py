@@ -1,0 +1,1 @@
+"""After training: images from a run, and what they are worth."""

@@ -1,0 +1,130 @@
+"""Look at what a run has learnt.
+
+python -m evaluate sample --run runs/x --prompts "a lion; a leaf"
+python -m evaluate scenes --run runs/demo --scenes data/demo/scenes/held_out
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from shards.errors import UserError, reported
+
+_TINY = "examples/tiny-model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Sample prompts to one PNG, with their captions."""
+
+    run: str
+    """Folder of a training run, or one of its checkpoints."""
+    prompts: str
+    """Prompts, separated by semicolons, or the name of a text file with one in each line."""
+    model: str = _TINY
+    """Model folder or hub id that the run's dataset was encoded with."""
+    out: str = ""
+    """The PNG; default: samples.png in the run."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """auto takes the averaged weights where there are any."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 is off."""
+    num_steps: int = 20
+    """Steps of DPM-Solver++."""
+    seed: int = 0
+    """The n-th prompt starts from the noise of seed + n."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes:
+    """Measure how often generated scenes show what their captions ask for."""
+
+    run: str
+    """Folder of a training run, or one of its checkpoints."""
+    scenes: str
+    """Folder with image shards of scenes; their captions are the prompts."""
+    model: str = _TINY
+    """Model folder that the run's dataset was encoded with."""
+    num_images: int = 200
+    """Pictures to generate."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """auto takes the averaged weights where there are any."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 is off."""
+    seed: int = 0
+    """The n-th prompt starts from the noise of seed + n."""
+
+
+Command = (
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Scenes, tyro.conf.subcommand("scenes")]
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `python -m evaluate`."""
+    command: Command = tyro.cli(
+        Command,
+        args=argv,
+        prog="python -m evaluate",
+        description="Look at what a run has learnt.",
+    )
+    with reported("evaluate"):
+        if isinstance(command, Sample):
+            sample(command)
+        else:
+            scenes(command)
+
+
+def sample(command: Sample) -> None:
+    """Write the grid and say where it is."""
+    from pathlib import Path
+
+    from evaluate.grid import write_grid
+    from evaluate.pipeline import load_pipeline
+    from evaluate.sample import generate
+
+    named = Path(command.prompts)
+    is_file = len(command.prompts) < 256 and named.is_file()
+    text = named.read_text(encoding="utf-8") if is_file else command.prompts.replace(";", "\n")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError("--prompts", "no prompt given", wanted="text, or a file with text")
+    out = Path(command.out or Path(command.run) / "samples.png")
+    images = generate(
+        load_pipeline(command.run, command.model, weights=command.weights),
+        prompts,
+        seed=command.seed,
+        num_steps=command.num_steps,
+        guidance_scale=command.guidance_scale,
+    )
+    write_grid(out, images, prompts)
+    print(out)
+
+
+def scenes(command: Scenes) -> None:
+    """Print the accuracies; the last line is JSON."""
+    from evaluate.scenes import held_out_captions, measure_scenes
+
+    captions = held_out_captions(command.scenes, command.num_images)
+    result = measure_scenes(
+        command.run,
+        command.model,
+        captions,
+        seed=command.seed,
+        guidance_scale=command.guidance_scale,
+        weights=command.weights,
+    )
+    print(f"{'part':<12}{'right':>8}{'chance':>8}   ({result['num_images']} images)")
+    for part, right in result["accuracy"].items():
+        if right is not None:
+            print(f"{part:<12}{right:>8.1%}{result['chance'][part]:>8.1%}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

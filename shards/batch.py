@@ -1,0 +1,58 @@
+"""What training consumes: latent batches, and the sources that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentBatch:
+    """One rank's rows of one step's global batch.
+
+    Args:
+        step: the step that the batch belongs to.
+        samples: [B] int64, each sample's number in the dataset; -1 never occurs.
+        moments: [B, 2C, h, w] float16, mean and log-variance, **unscaled**.
+        states: [B, T, D] float16 or float32, the caption's `encoder_hidden_states`.
+
+    The last two are numpy arrays from the reader of latent shards, and torch tensors that already
+    are on the device from the online encoder; `torch.as_tensor` takes both.
+    """
+
+    step: int
+    samples: np.ndarray
+    moments: Any
+    states: Any
+
+
+class BatchSource(Protocol):
+    """Where batches come from; online and offline training differ by this one argument.
+
+    Attributes:
+        latent_shape: [C, h, w] of one sample.
+        scaling_factor: of the VAE.
+        null_states: [T, D], the states of the empty caption.
+        identity: what the sequence of samples depends on; a resumed run must find the same.
+    """
+
+    latent_shape: tuple[int, int, int]
+    scaling_factor: float
+    null_states: np.ndarray
+    identity: str
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs completed when `step` steps are done."""
+        ...
+
+    def iter_batches(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
+        """Batches of `first_step`, `first_step + 1`, … without end.
+
+        Args:
+            first_step: where to begin; nothing before it is read.
+            positions: the rank's positions of each global batch.
+        """
+        ...

@@ -1,0 +1,44 @@
+"""Errors that a user or a file can cause, and how a command reports them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something outside the code is wrong; the message says where, what, and the remedy.
+
+    Args:
+        where: the file, folder or option concerned.
+        found: what is there.
+        wanted: what was expected instead.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, where: object, found: str, *, wanted: str = "", remedy: str = "") -> None:
+        text = f"{where}: {found}"
+        if wanted:
+            text += f"; wanted {wanted}"
+        if remedy:
+            text += f". Remedy: {remedy}"
+        super().__init__(text)
+
+
+class DatasetError(UserError):
+    """A latent dataset is missing, incomplete, of another version, or does not fit its reader."""
+
+
+class CorruptFileError(DatasetError):
+    """A file of a latent dataset is not what its receipt says."""
+
+
+@contextmanager
+def reported(program: str) -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit status 2; other errors pass through."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)  # noqa: T201 - this is the report
+        raise SystemExit(2) from None

@@ -1,0 +1,222 @@
+"""Image shards in: webdataset tars in img2dataset's layout, read sample by sample.
+
+A sample is the run of members that share a key: `key.jpg`, `key.txt`, `key.json`. Names are data,
+never paths. Nothing is skipped: what cannot be used comes out as a sample with its `problem`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from shards.column import Json
+from shards.dataset import LEDGER, NULL
+from shards.errors import UserError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_END_OF_ARCHIVE = bytes(1024)  # two zero blocks; a tar that was cut short lacks them
+_HINT = "for example SHARDS='/data/laion/{00000..00099}.tar'"
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """One image shard: where it is, the name its latent shards get, and its length."""
+
+    url: str
+    name: str
+    num_bytes: int
+
+
+@dataclass(kw_only=True)
+class ImageSample:
+    """One sample as it stands in its shard.
+
+    Args:
+        key: its id, from the members' common name.
+        image: undecoded bytes of the image.
+        caption: from `.txt`, else the `caption` of `.json`.
+        metadata: the fields of `.json`.
+        problem: why it cannot be used; empty when it can, as far as is known undecoded.
+    """
+
+    key: str
+    image: bytes | None = None
+    caption: str | None = None
+    metadata: Json = field(default_factory=dict)
+    problem: str = ""
+
+
+def find_shards(patterns: str) -> tuple[list[SourceShard], list[str]]:
+    """The image shards that patterns name, and the gaps in their numbering.
+
+    Args:
+        patterns: paths or fsspec URLs with `{00000..00099}` and `*`, separated by white space.
+
+    Returns:
+        shards in order, and the names out of brace ranges that do not exist.
+
+    Raises:
+        UserError: nothing there, a plain path that does not exist, or two shards of one name.
+    """
+    import braceexpand
+    import fsspec
+
+    if not patterns.split():
+        raise UserError("--shards", "no pattern given", wanted="image shards", remedy=_HINT)
+    found: dict[str, SourceShard] = {}
+    gaps = []
+    for pattern in patterns.split():
+        for url in braceexpand.braceexpand(pattern):
+            filesystem, path = fsspec.core.url_to_fs(url)
+            paths = sorted(filesystem.glob(path)) if "*" in path else [path]
+            present = [one for one in paths if filesystem.isfile(one)]
+            if not present and url == pattern:
+                raise UserError(url, "no such image shard", wanted="a webdataset tar", remedy=_HINT)
+            if not present:
+                gaps.append(url)
+            for one in present:
+                where = filesystem.unstrip_protocol(one) if "://" in url else one
+                shard = SourceShard(where, _shard_name(where), filesystem.size(one))
+                if found.setdefault(shard.name, shard).url != where:
+                    raise UserError(
+                        where,
+                        f"has the name of {found[shard.name].url}",
+                        wanted="different file names: they name the latent shards",
+                        remedy="precompute them into two datasets (--out), or rename one",
+                    )
+    if not found:
+        raise UserError(patterns, "no image shard matches", wanted="webdataset tars", remedy=_HINT)
+    return sorted(found.values(), key=lambda shard: shard.name), gaps
+
+
+def _shard_name(url: str) -> str:
+    file_name = url.rsplit("/", 1)[-1]
+    name = file_name.removesuffix(".gz").removesuffix(".tar")
+    if name == file_name or name in ("", NULL, LEDGER):
+        raise UserError(url, "not the name of an image shard", wanted="<name>.tar", remedy=_HINT)
+    return name
+
+
+class ShardStream:
+    """Iterate the samples of one image shard in one pass, hashing its bytes on the way.
+
+    After the iteration `sha256` is the hash of all bytes that could be read: of the whole file
+    unless it broke off. A shard that does yields the samples before the break, and then one more
+    whose problem is `broken_shard`.
+    """
+
+    def __init__(self, shard: SourceShard) -> None:
+        self.shard = shard
+        self.sha256 = ""
+
+    def __iter__(self) -> Iterator[ImageSample]:
+        import fsspec
+
+        stream: _HashedStream | None = None
+        try:
+            with fsspec.open(self.shard.url, "rb") as file:
+                stream = _HashedStream(file)
+                yield from _group(_members(stream))
+                stream.drain()
+                if stream.tail != _END_OF_ARCHIVE and not self.shard.url.endswith(".gz"):
+                    yield _broken(self.shard, "no end-of-archive mark")
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            yield _broken(self.shard, str(error))
+        self.sha256 = stream.hash.hexdigest() if stream else ""
+
+
+def _broken(shard: SourceShard, why: str) -> ImageSample:
+    return ImageSample(
+        key=f"<rest of {shard.name}>", metadata={"problem": why}, problem="broken_shard"
+    )
+
+
+class _HashedStream(io.RawIOBase):
+    """A forward-only reader that hashes what passes and remembers the last bytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.hash = hashlib.sha256()
+        self.tail = b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.hash.update(data)
+        self.tail = (self.tail + data[-len(_END_OF_ARCHIVE) :])[-len(_END_OF_ARCHIVE) :]
+        return data
+
+    def drain(self) -> None:
+        """Read to the end: tar readers stop at the end mark, hashes must not."""
+        while self.read(1 << 20):
+            pass
+
+
+def _members(stream: _HashedStream) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and bytes of each file of a tar."""
+    from webdataset.tariterators import base_plus_ext, tar_file_iterator
+
+    for member in tar_file_iterator(stream):
+        name = member["fname"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        key, suffix = base_plus_ext(name)
+        if key is None:  # no suffix, or nothing before it
+            key, suffix = name, ""
+        yield key, suffix.lower(), member["data"]
+
+
+def _group(members: Iterator[tuple[str, str, bytes]]) -> Iterator[ImageSample]:
+    """Gather neighbouring members of one key into samples.
+
+    webdataset's own `group_by_keys` drops what it cannot group; here everything is accounted for.
+    """
+    current: str | None = None
+    parts: dict[str, bytes] = {}
+    repeated = False
+    for key, suffix, data in members:
+        if current is not None and key != current:
+            yield _build_sample(current, parts, repeated)
+            parts, repeated = {}, False
+        current = key
+        repeated = repeated or suffix in parts
+        parts[suffix] = data
+    if current is not None:
+        yield _build_sample(current, parts, repeated)
+
+
+def _build_sample(key: str, parts: dict[str, bytes], repeated: bool) -> ImageSample:
+    sample = ImageSample(key=key)
+    if repeated:
+        sample.problem = "repeated_member"
+        return sample
+    sample.image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
+    try:
+        sample.metadata = _parse_metadata(parts.get("json"))
+        sample.caption = _caption_of(parts.get("txt"), sample.metadata)
+    except UnicodeDecodeError:
+        sample.problem = "caption_not_utf8"
+    except ValueError:
+        sample.problem = "broken_json"
+    if not sample.problem:
+        if not sample.image:
+            sample.problem = "no_image" if sample.image is None else "empty_image"
+        elif not sample.caption:
+            sample.problem = "no_caption"
+    return sample
+
+
+def _parse_metadata(data: bytes | None) -> Json:
+    parsed: Any = json.loads(data) if data is not None else {}
+    if not isinstance(parsed, dict):
+        raise ValueError("not a JSON object")
+    return parsed
+
+
+def _caption_of(text: bytes | None, metadata: Json) -> str | None:
+    if text is not None:
+        return text.decode("utf-8").strip()
+    caption = metadata.get("caption")
+    return caption.strip() if isinstance(caption, str) else None

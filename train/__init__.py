@@ -1,0 +1,1 @@
+"""Stage 2: train a U-Net from latent shards alone."""
