@@ -49,6 +49,8 @@ def load_pipeline(run: str | Path, model: str, *, weights: str = "auto", device:
         a diffusers `StableDiffusionPipeline` without a safety checker.
     """
     import torch
+
+    _quieten_libraries()
     from diffusers import (
         DPMSolverMultistepScheduler,
         StableDiffusionPipeline,
@@ -72,6 +74,16 @@ def load_pipeline(run: str | Path, model: str, *, weights: str = "auto", device:
         ) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _quieten_libraries() -> None:
+    """No loading bars, and no advice to install what nothing here needs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _scheduler_config(run: Path, unet: Path) -> dict[str, Any]:

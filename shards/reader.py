@@ -54,7 +54,7 @@ class LatentReader:
         dataset.check_trainable(image, text)
         self.latent_shape = image.spec.latent_shape
         self.scaling_factor = image.spec.scaling_factor
-        self.null_states = np.asarray(dataset.null_states(text))
+        self.null_states = np.array(dataset.null_states(text))  # a copy, no longer a map
         self._image, self._text, self._allocate = image, text, allocate
         self._shards = sorted(image.shards)
         lengths = np.array([image.shards[shard]["rows"] for shard in self._shards], dtype=np.int64)

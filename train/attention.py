@@ -23,13 +23,15 @@ def apply_attention(unet: Any, choice: str, device: torch.device) -> str:
     Raises:
         UserError: xFormers was asked for and does not run here.
     """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
     problem = _xformers_problem(device) if choice in ("auto", "xformers") else ""
     if choice == "xformers" and problem:
         raise UserError(
             "--attention", f"xformers does not run here ({problem})", remedy="--attention auto"
         )
     if choice == "sdpa" or problem:
-        unet.set_default_attn_processor()
+        unet.set_attn_processor(AttnProcessor2_0())  # torch.nn.functional's; picks its own kernel
     else:
         unet.enable_xformers_memory_efficient_attention()
     names = {type(processor).__name__ for processor in unet.attn_processors.values()}
