@@ -44,7 +44,7 @@ class PrecomputeConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …; auto is the first GPU where there is one."""
     dtype: str = "auto"
-    """Precision of the encoders: float32, float16, bfloat16; auto: float16 on a GPU, else float32."""
+    """Precision of the encoders: float32, float16, bfloat16; auto: float16 on a GPU, else full."""
     decode_workers: int = 0
     """Threads that decode images; 0 takes one per CPU."""
     max_drop_frac: float = 0.1

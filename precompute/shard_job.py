@@ -26,6 +26,7 @@ from shards.ledger import OK, LedgerRow, count_reasons, write_ledger
 from shards.receipt import Receipt, file_facts, read_receipt, receipt_path, write_receipt
 
 TEXT_BATCH_SIZE = 64
+READ_AND_DECODE = "read_and_decode"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,13 @@ class TimeAccount:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def of_column(self, column: ColumnSpec) -> dict[str, float]:
+        """What one column cost: its encoding, and the reading and decoding that all share."""
+        return {
+            READ_AND_DECODE: round(self.seconds[READ_AND_DECODE], 3),
+            "encode": round(self.seconds[f"encode {column.name}"], 3),
+        }
 
 
 def library_versions() -> dict[str, str]:
@@ -89,7 +97,7 @@ class _ImageRows:
             return
         rows, squares = zip(*self._pending, strict=True)
         self._pending = []
-        with self._account.stage("encode_image"):
+        with self._account.stage(f"encode {self.spec.name}"):
             pixel_values = to_pixel_values(np.stack(squares), self._encoders.device)
             moments, fallbacks = self._encoders.image.encode(pixel_values)
             self.float32_fallbacks += fallbacks
@@ -160,7 +168,7 @@ def encode_shard(
     decode = partial(decode_sample, resolutions=resolutions)
     decoded = map_ahead(encoders.pool, decode, stream, encoders.decode_ahead)
     while True:
-        with account.stage("read_and_decode"):
+        with account.stage(READ_AND_DECODE):
             sample = next(decoded, None)
         if sample is None:
             break
@@ -199,7 +207,7 @@ def encode_shard(
                 absent=absent,
                 stats=stats,
                 model=encoders.model_name,
-                timings={k: round(v, 3) for k, v in account.seconds.items()},
+                timings=account.of_column(column),
                 **file_facts(path),
             )
             write_receipt(path, receipt)
@@ -241,7 +249,7 @@ def _encode_captions(
         index.setdefault(row.caption or "", len(index)) if row.status == OK else -1
         for row in ledger
     ]
-    with account.stage("encode_text"):
+    with account.stage("encode text"):
         arrays = encode_texts(list(index), encoders.text)
     return {**arrays, "caption": np.asarray(caption, dtype=np.int32)}
 

@@ -26,7 +26,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write arrays as one safetensors file that appears whole or not at all."""
     from safetensors.numpy import save_file
 
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     write_whole(path, lambda temporary: save_file(contiguous, temporary))
 
 
@@ -43,17 +43,14 @@ def map_arrays(path: Path) -> Arrays:
             if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, num_bytes - 8):
                 raise CorruptFileError(path, "no safetensors header", remedy=_REMEDY)
             header = json.loads(file.read(header_bytes))
+        return {
+            name: _map_one(path, entry, 8 + header_bytes, num_bytes)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except FileNotFoundError:
         raise CorruptFileError(path, "is missing", remedy=_REMEDY) from None
-    except ValueError as error:
-        raise CorruptFileError(path, f"broken header ({error})", remedy=_REMEDY) from None
-    data_start = 8 + header_bytes
-    header.pop("__metadata__", None)
-    try:
-        return {
-            name: _map_one(path, entry, data_start, num_bytes) for name, entry in header.items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptFileError(path, f"broken header ({error})", remedy=_REMEDY) from None
 
 

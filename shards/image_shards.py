@@ -10,13 +10,15 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from shards.column import Json
 from shards.dataset import LEDGER, NULL
 from shards.errors import UserError
+
+Data = TypeVar("Data")
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _END_OF_ARCHIVE = bytes(1024)  # two zero blocks; a tar that was cut short lacks them
@@ -121,7 +123,8 @@ class ShardStream:
         try:
             with fsspec.open(self.shard.url, "rb") as file:
                 stream = _HashedStream(file)
-                yield from _group(_members(stream))
+                for key, parts, repeated in group_members(_members(stream)):
+                    yield build_sample(key, parts, repeated)
                 stream.drain()
                 if stream.tail != _END_OF_ARCHIVE and not self.shard.url.endswith(".gz"):
                     yield _broken(self.shard, "no end-of-archive mark")
@@ -158,36 +161,45 @@ class _HashedStream(io.RawIOBase):
 
 def _members(stream: _HashedStream) -> Iterator[tuple[str, str, bytes]]:
     """Key, suffix and bytes of each file of a tar."""
-    from webdataset.tariterators import base_plus_ext, tar_file_iterator
+    from webdataset.tariterators import tar_file_iterator
 
     for member in tar_file_iterator(stream):
-        name = member["fname"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        key, suffix = base_plus_ext(name)
-        if key is None:  # no suffix, or nothing before it
-            key, suffix = name, ""
-        yield key, suffix.lower(), member["data"]
+        yield *split_name(member["fname"]), member["data"]
 
 
-def _group(members: Iterator[tuple[str, str, bytes]]) -> Iterator[ImageSample]:
-    """Gather neighbouring members of one key into samples.
+def split_name(member_name: str) -> tuple[str, str]:
+    """Key and suffix of a member, as webdataset splits them; names need not be UTF-8."""
+    from webdataset.tariterators import base_plus_ext
+
+    name = member_name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    key, suffix = base_plus_ext(name)
+    # Without a suffix, or with nothing before it, the name is the key.
+    return (name, "") if key is None else (key, suffix.lower())
+
+
+def group_members(
+    members: Iterable[tuple[str, str, Data]],
+) -> Iterator[tuple[str, dict[str, Data], bool]]:
+    """Gather neighbouring members of one key: the key, its parts by suffix, is one repeated?
 
     webdataset's own `group_by_keys` drops what it cannot group; here everything is accounted for.
     """
     current: str | None = None
-    parts: dict[str, bytes] = {}
+    parts: dict[str, Data] = {}
     repeated = False
     for key, suffix, data in members:
         if current is not None and key != current:
-            yield _build_sample(current, parts, repeated)
+            yield current, parts, repeated
             parts, repeated = {}, False
         current = key
         repeated = repeated or suffix in parts
         parts[suffix] = data
     if current is not None:
-        yield _build_sample(current, parts, repeated)
+        yield current, parts, repeated
 
 
-def _build_sample(key: str, parts: dict[str, bytes], repeated: bool) -> ImageSample:
+def build_sample(key: str, parts: dict[str, bytes], repeated: bool) -> ImageSample:
+    """A sample from the bytes of its members."""
     sample = ImageSample(key=key)
     if repeated:
         sample.problem = "repeated_member"

@@ -114,9 +114,13 @@ class LatentReader:
             shard_moments, caption, shard_states = self._open_shard(int(shard))
             moments[members] = shard_moments[wanted]
             states[members] = shard_states[caption[wanted]]
-        return LatentBatch(
-            step=step, samples=self._first_sample[shards] + rows, moments=moments, states=states
-        )
+        samples = self.sample_numbers(shards, rows)
+        return LatentBatch(step=step, samples=samples, moments=moments, states=states)
+
+    def sample_numbers(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Number in the whole dataset of samples given by shard index and row."""
+        numbers: np.ndarray = self._first_sample[shards] + rows
+        return numbers
 
     def _map_shard(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Moments, caption index *per image row*, and states of one shard; checked once."""

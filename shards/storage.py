@@ -75,9 +75,12 @@ def sole_writer(folder: Path) -> Iterator[None]:
     The lock lives on the folder itself, so it leaves no file behind and dies with its process.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(folder, f"cannot be written to ({error.strerror})") from None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -8,6 +8,16 @@ from typing import Any, Literal
 
 from shards.errors import UserError
 
+_COUNTS = (
+    *("resolution", "max_steps", "global_batch_size", "shuffle_window"),
+    *("log_every", "checkpoint_every", "keep_checkpoints"),
+)
+_NOT_NEGATIVE = (
+    *("micro_batch_size", "seed", "num_partitions", "min_snr_gamma", "learning_rate"),
+    *("warmup_steps", "weight_decay", "max_grad_norm", "ema_start_step", "num_samples"),
+)
+_FRACTIONS = ("caption_drop_prob", "final_lr_frac", "ema_decay")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -64,7 +74,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the weights' moving average; 0 keeps none."""
     ema_start_step: int = 0
-    """The average starts here, as a copy of the weights; it takes no memory before."""
+    """Updates after which the average starts, as a copy of the weights; no memory before."""
 
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Autocast; auto is bf16 on a GPU that has it, else no."""
@@ -83,12 +93,16 @@ class TrainConfig:
     """Model folder that decodes the samples; default: the one that the dataset was encoded with."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("caption_drop_prob", "ema_decay", "final_lr_frac"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 0 and 1")
+        for names, allowed, wanted in (
+            (_COUNTS, lambda value: value >= 1, "at least 1"),
+            (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "finite and at least 0"),
+            (_FRACTIONS, lambda value: 0 <= value <= 1, "between 0 and 1"),
+        ):
+            for name in names:
+                if not allowed(getattr(self, name)):
+                    raise ValueError(f"--{name.replace('_', '-')} must be {wanted}")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError("--adam-betas must be at least 0 and below 1")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the update that is numbered `step`, from 0."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from shards.dataset import Dataset
-from shards.errors import DatasetError, reported
+from shards.errors import DatasetError, UserError, reported
 from train.config import PRESETS, TrainConfig, preset
 from train.unet import check_fits, load_unet_config
 
@@ -110,8 +110,12 @@ def draw_samples(
     from evaluate.sample import captions_of, write_samples
 
     prompts = captions_of(dataset, config.num_samples)
-    grid = write_samples(config.output_dir, model, prompts, seed=config.seed)
-    accelerator.print(f"samples: {grid}")
+    try:
+        grid = write_samples(config.output_dir, model, prompts, seed=config.seed)
+    except UserError as error:  # the run itself is complete; its model may be on another machine
+        accelerator.print(f"no sample grid: {error}")
+    else:
+        accelerator.print(f"samples: {grid}")
 
 
 if __name__ == "__main__":

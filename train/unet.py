@@ -11,6 +11,7 @@ from shards.dataset import Column
 from shards.errors import DatasetError, UserError
 
 _SHIPPED = Path(__file__).parent / "unets"
+_NEEDED = {"in_channels", "cross_attention_dim"}  # what a dataset is held against
 
 
 def load_unet_config(name: str) -> dict[str, Any]:
@@ -22,7 +23,6 @@ def load_unet_config(name: str) -> dict[str, Any]:
     path = _SHIPPED / f"{name}.json" if "/" not in name else Path(name)
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return config
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in _SHIPPED.glob("*.json")))
         raise UserError(
@@ -30,6 +30,9 @@ def load_unet_config(name: str) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(path, f"not a U-Net configuration ({error})") from None
+    if not isinstance(config, dict) or not config.keys() >= _NEEDED:
+        raise UserError(path, f"not a U-Net configuration (it lacks {', '.join(sorted(_NEEDED))})")
+    return config
 
 
 def check_fits(

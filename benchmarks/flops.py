@@ -1,0 +1,57 @@
+"""FLOPs per image of each part of a training step: exact, from the operators, on no device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from precompute.model_folder import ModelFolder
+from shards.column import ImageColumn, TextColumn
+from train.unet import load_unet_config
+
+
+def flops_per_image(
+    unet: str, model: ModelFolder, image: ImageColumn, text: TextColumn
+) -> dict[str, int]:
+    """FLOPs (2 per multiply-add) for one image, counted on meta tensors.
+
+    Args:
+        unet: name of the U-Net's configuration.
+        model: folder of the frozen encoders.
+        image: gives resolution and latent shape.
+        text: gives tokens and width.
+
+    Returns:
+        `unet` forward and backward; `vae` encode; `text` forward.
+    """
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        net = UNet2DConditionModel.from_config(load_unet_config(unet))
+        vae = AutoencoderKL.from_config(model.vae_config)
+        encoder = CLIPTextModel(CLIPTextConfig(**model.text_config))
+        latents = torch.randn(1, *image.latent_shape)
+        states = torch.randn(1, text.num_tokens, text.dim)
+        timesteps = torch.zeros(1, dtype=torch.long)
+        pixel_values = torch.randn(1, 3, image.resolution, image.resolution)
+        input_ids = torch.zeros(1, text.num_tokens, dtype=torch.long)
+    return {
+        "unet": _count(lambda: net(latents, timesteps, states).sample.sum().backward()),
+        "vae": _count(lambda: vae.encode(pixel_values)),
+        "text": _count(lambda: encoder(input_ids)),
+    }
+
+
+def _count(run: Any) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    total: int = counter.get_total_flops()
+    return total
+
+
+def predicted_ratio(flops: dict[str, int]) -> float:
+    """Online time over offline time if FLOPs alone decided."""
+    return sum(flops.values()) / flops["unet"]
