@@ -105,6 +105,12 @@ class TextEncoder:
         self._device = device
         self._num_tokens = model.text_config["max_position_embeddings"]
         self._tokenizer = _load(model, "tokenizer", CLIPTokenizer)
+        if len(self._tokenizer) > 2**16:
+            raise UserError(
+                model.path / "tokenizer",
+                f"{len(self._tokenizer)} tokens",
+                wanted="at most 65,536: token ids are stored in 16 bits",
+            )
         encoder = _load(model, "text_encoder", CLIPTextModel, dtype=dtype)
         self._encoder = encoder.to(device).requires_grad_(False).eval()
 

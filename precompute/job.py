@@ -16,7 +16,7 @@ from shards.column import ColumnSpec, Json, TextColumn
 from shards.dataset import NULL, column_path, write_manifest
 from shards.errors import UserError
 from shards.image_shards import SourceShard, find_shards
-from shards.receipt import read_receipt, receipt_path
+from shards.receipt import read_receipt, receipt_path, refuse_changed_source
 from shards.storage import sole_writer
 
 # The SD2 family left its first owner's account in 2025; this is where it is kept up.
@@ -88,9 +88,9 @@ def precompute(config: PrecomputeConfig) -> Json:
     dataset = Path(config.out)
     with sole_writer(dataset):
         todo = [entry for source in sources if (entry := _todo(dataset, source, columns)).columns]
-        if todo:
+        if todo or not _null_is_there(dataset, columns):
             print(f"{dataset}: {len(todo)} of {len(sources)} shards to encode, model {model.name}")
-            _encode_all(config, dataset, model, dtype, todo)
+            _encode_all(config, dataset, model, dtype, columns, todo)
         else:
             print(f"{dataset}: all {len(sources)} shards are there already, nothing to do")
         manifest = write_manifest(dataset)
@@ -118,21 +118,25 @@ def _todo(dataset: Path, source: SourceShard, columns: list[ColumnSpec]) -> Todo
             missing.append(column)
             continue
         receipt = read_receipt(receipt_path(path))
-        if receipt.source["bytes"] != source.num_bytes:
-            from precompute.shard_job import source_changed
-
-            raise source_changed(dataset, source.name, source.url)
+        refuse_changed_source(receipt, dataset, {"url": source.url, "bytes": source.num_bytes})
         if path.stat().st_size != receipt.data_bytes:
             missing.append(column)
-    if isinstance(columns[-1], TextColumn) and columns[-1] not in missing:
-        null = column_path(dataset, columns[-1].column_id, NULL)
-        if not receipt_path(null).exists():
-            missing.append(columns[-1])
     return Todo(source, missing)
 
 
+def _null_is_there(dataset: Path, columns: list[ColumnSpec]) -> bool:
+    texts = [column for column in columns if isinstance(column, TextColumn)]
+    paths = [column_path(dataset, column.column_id, NULL) for column in texts]
+    return all(path.exists() and receipt_path(path).exists() for path in paths)
+
+
 def _encode_all(
-    config: PrecomputeConfig, dataset: Path, model: ModelFolder, dtype: str, todo: list[Todo]
+    config: PrecomputeConfig,
+    dataset: Path,
+    model: ModelFolder,
+    dtype: str,
+    columns: list[ColumnSpec],
+    todo: list[Todo],
 ) -> None:
     import torch
 
@@ -153,10 +157,10 @@ def _encode_all(
             model_name=model.name,
         )
         progress = Progress([entry.source for entry in todo])
+        for column in columns:
+            if isinstance(column, TextColumn):
+                write_null(dataset, column, encoders)
         for entry in todo:
-            for column in entry.columns:
-                if isinstance(column, TextColumn):
-                    write_null(dataset, column, encoders)
             account = encode_shard(
                 dataset, entry.source, entry.columns, encoders, progress.count_sample
             )
@@ -164,7 +168,7 @@ def _encode_all(
             for stage, spent in account.seconds.items():
                 seconds[stage] += spent
         progress.close()
-    total = sum(seconds.values())
+    total = sum(seconds.values()) or 1.0
     ranked = sorted(seconds.items(), key=lambda stage: -stage[1])
     shares = ", ".join(f"{name} {spent / total:.0%}" for name, spent in ranked)
     print(f"encoded {progress.num_samples:,} samples in {total:.1f} s on {device} ({shares})")

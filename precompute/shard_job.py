@@ -23,7 +23,14 @@ from shards.dataset import NULL, column_path, ledger_path
 from shards.errors import DatasetError
 from shards.image_shards import ShardStream, SourceShard
 from shards.ledger import OK, LedgerRow, count_reasons, write_ledger
-from shards.receipt import Receipt, file_facts, read_receipt, receipt_path, write_receipt
+from shards.receipt import (
+    Receipt,
+    file_facts,
+    read_receipt,
+    receipt_path,
+    refuse_changed_source,
+    write_receipt,
+)
 
 TEXT_BATCH_SIZE = 64
 READ_AND_DECODE = "read_and_decode"
@@ -220,23 +227,12 @@ def _write_ledger(
     """Write the ledger and its receipt; an earlier one of the same source stays as it is."""
     path = ledger_path(dataset, facts["shard"])
     if receipt_path(path).exists():
-        earlier = read_receipt(receipt_path(path)).source
-        if earlier["sha256"] != facts["source"]["sha256"]:
-            raise source_changed(dataset, facts["shard"], facts["source"]["url"])
+        refuse_changed_source(read_receipt(receipt_path(path)), dataset, facts["source"])
         return
     write_ledger(path, ledger)
     rows = len(ledger) - sum(dropped.values())
     write_receipt(
         path, Receipt(**facts, column=None, rows=rows, absent=dropped, **file_facts(path))
-    )
-
-
-def source_changed(dataset: Path, shard: str, url: str) -> DatasetError:
-    """The error for a source shard that is no longer what the dataset was made from."""
-    return DatasetError(
-        url,
-        f"is not the shard {shard} that {dataset} was made from (its bytes changed)",
-        remedy=f"another --out, or delete shard {shard} from {dataset} (ledger and all columns)",
     )
 
 
@@ -276,7 +272,7 @@ def encode_texts(captions: list[str], encoder: TextEncoder) -> dict[str, np.ndar
 def write_null(dataset: Path, column: TextColumn, encoders: Encoders) -> None:
     """The states of the empty caption, once per text column."""
     path = column_path(dataset, column.column_id, NULL)
-    if receipt_path(path).exists():
+    if path.exists() and receipt_path(path).exists():
         return
     arrays = encode_texts([""], encoders.text)
     write_arrays(path, {name: array[0] for name, array in arrays.items()})

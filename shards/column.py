@@ -113,7 +113,7 @@ def column_from_json(document: Json, where: object) -> ColumnSpec:
     Raises:
         DatasetError: of another format version, or not a column.
     """
-    fields = dict(document)
+    fields = dict(document) if isinstance(document, dict) else {}
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise DatasetError(

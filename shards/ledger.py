@@ -62,8 +62,10 @@ def write_ledger(path: Path, rows: Sequence[LedgerRow]) -> None:
         for name in _OWN
     }
     for name in sorted({name for row in rows for name in row.metadata}):
-        values = [row.metadata.get(name) for row in rows]
-        table[f"source_{name}" if name in _OWN else name] = _metadata_array(values)
+        free = name
+        while free in table:
+            free = f"source_{free}"
+        table[free] = _metadata_array([row.metadata.get(name) for row in rows])
     write_whole(path, lambda temporary: pq.write_table(pa.table(table), temporary))
 
 

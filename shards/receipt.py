@@ -15,7 +15,7 @@ from shards.column import FORMAT_VERSION, Json
 from shards.errors import CorruptFileError, DatasetError
 from shards.storage import canonical_json, sha256_of, write_text_whole
 
-_SELF_HASH = "receipt_sha256"
+_SEAL = "sha256_of_this"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +71,26 @@ def file_facts(data_path: Path) -> Json:
     return {"data_bytes": data_path.stat().st_size, "data_sha256": sha256_of(data_path)}
 
 
-def _self_hash(document: Json) -> str:
-    return hashlib.sha256(canonical_json(document).encode()).hexdigest()
+def _sealed(document: Json) -> Json:
+    """The document with the hash of its own text."""
+    unsealed = {name: value for name, value in document.items() if name != _SEAL}
+    text = canonical_json(unsealed)
+    return {**unsealed, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _receipt_text(document: Json) -> str:
+    """The one text of a receipt.
+
+    Timings have a seal of their own: all the rest, its seal included, is equal between equal runs.
+    """
+    rest = {name: value for name, value in document.items() if name != "timings"}
+    return canonical_json({**_sealed(rest), "timings": _sealed(document["timings"])})
 
 
 def write_receipt(data_path: Path, receipt: Receipt) -> None:
     """Make a data file count."""
     document = {"format_version": FORMAT_VERSION, **asdict(receipt)}
-    document[_SELF_HASH] = _self_hash(document)
-    write_text_whole(receipt_path(data_path), canonical_json(document))
+    write_text_whole(receipt_path(data_path), _receipt_text(document))
 
 
 def read_receipt(path: Path) -> Receipt:
@@ -91,12 +102,12 @@ def read_receipt(path: Path) -> Receipt:
     """
     remedy = "delete it and run the same precompute again"
     try:
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text)
-        version = document.get("format_version")
-        stated = document.pop(_SELF_HASH, None)
-    except (UnicodeDecodeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(path, f"not a receipt ({error})", remedy=remedy) from None
+        data = path.read_bytes()
+        document = json.loads(data)
+        version = document["format_version"]
+        intact = data == _receipt_text(document).encode()
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFileError(path, f"not a receipt ({error!r})", remedy=remedy) from None
     if version != FORMAT_VERSION:
         raise DatasetError(
             path,
@@ -104,8 +115,29 @@ def read_receipt(path: Path) -> Receipt:
             wanted=f"version {FORMAT_VERSION}",
             remedy="read the dataset with the release that wrote it, or precompute it again",
         )
-    whole = {**document, _SELF_HASH: stated}
-    if stated != _self_hash(document) or text != canonical_json(whole):
+    if not intact:
         raise CorruptFileError(path, "its text does not match its own hash", remedy=remedy)
+    for seal in (document, document["timings"]):
+        del seal[_SEAL]
     del document["format_version"]
     return Receipt(**document)
+
+
+def refuse_changed_source(receipt: Receipt, dataset: Path, source: Json) -> None:
+    """Hold a source shard to the one that a receipt speaks of.
+
+    Args:
+        receipt: of the shard, in any column or in the ledger.
+        dataset: for the error.
+        source: `url`, and what is known of `bytes` and `sha256`.
+
+    Raises:
+        DatasetError: its bytes are others now.
+    """
+    if any(receipt.source[fact] != source[fact] for fact in source if fact != "url"):
+        raise DatasetError(
+            source["url"],
+            f"is not the shard {receipt.shard} that {dataset} was made from (its bytes changed)",
+            remedy=f"another --out, or delete shard {receipt.shard} from {dataset} (ledger and all "
+            "columns)",
+        )

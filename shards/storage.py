@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,10 +70,14 @@ def canonical_json(document: Any) -> str:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, wait_sec: float = 0.0) -> Iterator[None]:
     """Hold a folder against a second writing process on this machine.
 
     The lock lives on the folder itself, so it leaves no file behind and dies with its process.
+
+    Args:
+        folder: is made when missing.
+        wait_sec: how long to wait for a process that is about to end.
 
     Raises:
         UserError: another process holds it, or it cannot be made.
@@ -83,14 +88,20 @@ def sole_writer(folder: Path) -> Iterator[None]:
         raise UserError(folder, f"cannot be written to ({error.strerror})") from None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                folder,
-                "another process is writing here",
-                remedy="wait for it, or choose another --out",
-            ) from None
+        deadline = time.monotonic() + wait_sec
+        while not _locked(descriptor):
+            if time.monotonic() > deadline:
+                remedy = "wait for it to end, or name another folder"
+                raise UserError(folder, "another process is writing here", remedy=remedy)
+            time.sleep(0.2)  # a lock with a deadline can only be polled
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -28,8 +28,8 @@ _STATE = "state.json"
 
 def checkpoints_of(run: Path) -> list[Path]:
     """A run's whole checkpoints, oldest first."""
-    folder = run / "checkpoints"
-    return sorted(p for p in folder.glob("[0-9]*") if p.suffix != TEMPORARY_SUFFIX)
+    whole = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    return sorted(whole, key=lambda path: int(path.name))
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

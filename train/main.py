@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tyro
 
-from shards.dataset import Dataset
+from shards.column import ImageColumn, TextColumn
+from shards.dataset import Column, Dataset
 from shards.errors import DatasetError, UserError, reported
+from shards.order import choose_partitions
+from shards.reader import LatentReader
+from shards.storage import sole_writer
 from train.config import PRESETS, TrainConfig, preset
 from train.unet import check_fits, load_unet_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# A run that was just stopped may still be writing its checkpoint.
+_LOCK_WAIT_SEC = 60.0
 _PROGRAM = "train/main.py"
 _DESCRIPTION = (
     "Train a Stable-Diffusion-class U-Net from latent shards. The same command again continues "
@@ -30,37 +39,64 @@ _DESCRIPTION = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, run."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Parse, then run; errors of the user are one line."""
     with reported("train"):
-        config = parse(argv)
-        dataset = Dataset(config.data)
-        image = dataset.image_column(config.resolution, config.image_column)
-        text = dataset.text_column(config.text_column)
-        check_fits(load_unet_config(config.unet), image, text)
+        run(parse(sys.argv[1:] if argv is None else argv))
 
-        import torch
 
-        from shards.order import choose_partitions
-        from shards.reader import LatentReader
-        from train.trainer import build_accelerator, train
+def run(config: TrainConfig) -> None:
+    """Put the pieces together: dataset, reader, trainer, samples."""
+    dataset = Dataset(config.data)
+    image = dataset.image_column(config.resolution, config.image_column)
+    text = dataset.text_column(config.text_column)
+    check_fits(load_unet_config(config.unet), image, text)
 
-        torch.set_flush_denormal(True)  # CPU: tiny gradients would cost a hundred times their worth
-        torch.set_float32_matmul_precision("high")
-        batches = LatentReader(
-            dataset,
-            image,
-            text,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            num_partitions=choose_partitions(config.global_batch_size, config.num_partitions),
-            window=config.shuffle_window,
-        )
-        accelerator = build_accelerator(config)
+    import torch
+
+    from train.stop import follow_launcher
+    from train.trainer import build_accelerator, train
+
+    follow_launcher()
+    torch.set_flush_denormal(True)  # CPU: tiny gradients would cost a hundred times their worth
+    torch.set_float32_matmul_precision("high")
+    accelerator = build_accelerator(config)
+    batches = build_reader(config, dataset, image, text, pinned=torch.cuda.is_available())
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            held.enter_context(sole_writer(Path(config.output_dir), _LOCK_WAIT_SEC))
+        accelerator.wait_for_everyone()
         trainer = train(config, batches, accelerator)
         if accelerator.is_main_process and trainer.step >= config.max_steps:
             draw_samples(config, dataset, config.model or text.model, accelerator)
-        accelerator.end_training()
+    accelerator.end_training()
+
+
+def build_reader(
+    config: TrainConfig,
+    dataset: Dataset,
+    image: Column[ImageColumn],
+    text: Column[TextColumn],
+    *,
+    pinned: bool,
+) -> LatentReader:
+    """The offline source of batches; into pinned memory where there is a GPU to copy to."""
+    return LatentReader(
+        dataset,
+        image,
+        text,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        num_partitions=choose_partitions(config.global_batch_size, config.num_partitions),
+        window=config.shuffle_window,
+        allocate=_pinned_empty if pinned else np.empty,
+    )
+
+
+def _pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    import torch
+
+    like = torch.from_numpy(np.empty(0, dtype))
+    return torch.empty(shape, dtype=like.dtype, pin_memory=True).numpy()
 
 
 def parse(argv: list[str]) -> TrainConfig:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,3 +31,17 @@ class StopOnSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+def follow_launcher() -> None:
+    """Ask the kernel for SIGTERM when `accelerate launch` ends.
+
+    For one process Accelerate starts us as a child and passes no signal on: stopping the launcher,
+    as schedulers do, would leave the training running. Linux only; elsewhere nothing changes.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    command_line = Path(f"/proc/{os.getppid()}/cmdline")
+    if command_line.exists() and b"accelerate\0launch" in command_line.read_bytes():
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

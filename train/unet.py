@@ -30,8 +30,9 @@ def load_unet_config(name: str) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(path, f"not a U-Net configuration ({error})") from None
-    if not isinstance(config, dict) or not config.keys() >= _NEEDED:
-        raise UserError(path, f"not a U-Net configuration (it lacks {', '.join(sorted(_NEEDED))})")
+    missing = _NEEDED - config.keys() if isinstance(config, dict) else _NEEDED
+    if missing:
+        raise UserError(path, f"not a U-Net configuration (no {', '.join(sorted(missing))})")
     return config
 
 
