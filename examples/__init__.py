@@ -1,0 +1,1 @@
+"""The embedded default: captioned scenes drawn on demand, and a tiny diffusers model folder."""
