@@ -94,6 +94,8 @@ def sample(command: Sample) -> None:
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError("--prompts", "no prompt given", wanted="text, or a file with text")
+    if command.num_steps < 1:
+        raise UserError("--num-steps", f"{command.num_steps}", wanted="at least 1")
     out = Path(command.out or Path(command.run) / "samples.png")
     images = generate(
         load_pipeline(command.run, command.model, weights=command.weights),
@@ -110,6 +112,9 @@ def scenes(command: Scenes) -> None:
     """Print the accuracies; the last line is JSON."""
     from evaluate.scenes import held_out_captions, measure_scenes
 
+    if command.num_images < 2:
+        wanted = "at least 2: chance is the score against another's caption"
+        raise UserError("--num-images", f"{command.num_images}", wanted=wanted)
     captions = held_out_captions(command.scenes, command.num_images)
     result = measure_scenes(
         command.run,

@@ -9,6 +9,8 @@ from typing import Any
 from shards.errors import UserError
 from train.checkpoint import checkpoints_of
 
+_REMEDY = "--model <folder or hub id>"
+
 
 def find_unet(run: Path, weights: str = "auto") -> Path:
     """The folder of a U-Net that a run, a checkpoint or an export holds.
@@ -20,14 +22,12 @@ def find_unet(run: Path, weights: str = "auto") -> Path:
     Raises:
         UserError: there is none of this kind.
     """
-    exported = [run / "unet"] if weights == "auto" else []
-    kinds = {"auto": ("unet_ema", "unet"), "ema": ("unet_ema",), "raw": ("unet",)}
-    inside = [
-        folder / kind for folder in [run, *checkpoints_of(run)[::-1]] for kind in kinds[weights]
-    ]
-    for folder in [*exported, *inside]:
-        if (folder / "config.json").exists():
-            return folder
+    kinds = {"auto": ("unet_ema", "unet"), "ema": ("unet_ema",), "raw": ("unet",)}[weights]
+    # A run's own unet/ comes last: it may be an average, and of an end before the run was extended.
+    for folder in [*checkpoints_of(run)[::-1], run]:
+        for kind in kinds:
+            if (folder / kind / "config.json").exists():
+                return folder / kind
     raise UserError(
         run,
         f"no {'' if weights == 'auto' else weights + ' '}U-Net",
@@ -47,7 +47,13 @@ def load_pipeline(run: str | Path, model: str, *, weights: str = "auto", device:
 
     Returns:
         a diffusers `StableDiffusionPipeline` without a safety checker.
+
+    Raises:
+        UserError: a part cannot be loaded, or the model's do not fit the U-Net.
     """
+    run = Path(run)
+    folder = find_unet(run, weights)
+
     import torch
 
     _quieten_libraries()
@@ -57,10 +63,11 @@ def load_pipeline(run: str | Path, model: str, *, weights: str = "auto", device:
         UNet2DConditionModel,
     )
 
-    run = Path(run)
-    folder = find_unet(run, weights)
-    unet = UNet2DConditionModel.from_pretrained(folder)
     scheduler = DPMSolverMultistepScheduler.from_config(_scheduler_config(run, folder))
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(folder, f"cannot be loaded ({_first_line(error)})") from None
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             model, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None
@@ -68,12 +75,30 @@ def load_pipeline(run: str | Path, model: str, *, weights: str = "auto", device:
     except (OSError, ValueError) as error:
         raise UserError(
             model,
-            f"cannot be loaded as a pipeline ({str(error).strip().splitlines()[0]})",
+            f"cannot be loaded as a pipeline ({_first_line(error)})",
             wanted="the model folder that the dataset was encoded with",
-            remedy="--model <folder or hub id>",
+            remedy=_REMEDY,
         ) from None
+    _check_fits(model, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _check_fits(model: str, pipeline: Any) -> None:
+    """Refuse a model folder that belongs to another U-Net."""
+    unet, text, vae = (part.config for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae))
+    for found, what, wanted in (
+        (text.hidden_size, "text states of width", unet.cross_attention_dim),
+        (vae.latent_channels, "latent channels:", unet.in_channels),
+    ):
+        if found != wanted:
+            raise UserError(
+                model, f"{what} {found}", wanted=f"{wanted}, as the U-Net has", remedy=_REMEDY
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _quieten_libraries() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from evaluate.grid import write_grid
 from evaluate.pipeline import load_pipeline
 from evaluate.sample import generate
+from examples.grammar import parse_caption
 from examples.scene_reader import score
 from shards.errors import UserError
 from shards.image_shards import ShardStream, find_shards
@@ -24,7 +25,7 @@ def held_out_captions(folder: str, num_captions: int) -> list[str]:
     """Captions of some image shards: each once, then from the start again.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one that describes no scene.
     """
     captions = list(dict.fromkeys(_iter_captions(folder)))
     if not captions:
@@ -34,6 +35,11 @@ def held_out_captions(folder: str, num_captions: int) -> list[str]:
             wanted="scenes",
             remedy="python -m examples.scenes --out <folder>",
         )
+    try:
+        for caption in captions:
+            parse_caption(caption)
+    except ValueError as error:
+        raise UserError(folder, str(error), wanted="shards of scenes") from None
     return [captions[i % len(captions)] for i in range(num_captions)]
 
 

@@ -13,7 +13,8 @@ def print_account(dataset: Path, manifest: Json, columns: list[ColumnSpec]) -> N
     rows_in = sum(entry["rows_in"] for entry in manifest["ledger"].values())
     print(f"{dataset}: {rows_in:,} source rows in {len(manifest['ledger']):,} shards")
     print(f"  {'column':<24}{'rows':>10}{'absent':>10}{'latent std':>12}{'MiB':>10}")
-    for column in columns:
+    written = [column for column in columns if column.column_id in manifest["columns"]]
+    for column in written:
         entry = manifest["columns"][column.column_id]
         shards = entry["shards"].values()
         rows, size = sum(s["rows"] for s in shards), sum(s["bytes"] for s in shards)
@@ -30,7 +31,7 @@ def dropped_frac(manifest: Json) -> float:
     """Share of the source rows that the ledger marks as dropped."""
     rows_in = sum(entry["rows_in"] for entry in manifest["ledger"].values())
     rows = sum(entry["rows"] for entry in manifest["ledger"].values())
-    return 1 - rows / rows_in if rows_in else 1.0
+    return (rows_in - rows) / rows_in if rows_in else 1.0
 
 
 def fail_if_too_much_was_dropped(dataset: str, manifest: Json, max_drop_frac: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from precompute.model_folder import ModelFolder
@@ -32,12 +33,24 @@ def to_pixel_values(squares: np.ndarray, device: torch.device) -> Tensor:
 def _load(model: ModelFolder, part: str, loader: Any, **options: Any) -> Any:
     try:
         return loader.from_pretrained(model.path, subfolder=part, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            model.path / part,
-            f"cannot be loaded ({str(error).strip().splitlines()[0]})",
-            wanted=f"a {part} as diffusers saves it",
-        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _cannot_be_loaded(model, part, str(error).strip().splitlines()[0]) from None
+
+
+def _load_weights(model: ModelFolder, part: str, loader: Any, **options: Any) -> Any:
+    loaded, report = _load(model, part, loader, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):  # the libraries would make them up at random
+        raise _cannot_be_loaded(model, part, f"{len(missing)} weights missing: {missing[0]}, …")
+    return loaded
+
+
+def _cannot_be_loaded(model: ModelFolder, part: str, why: str) -> UserError:
+    return UserError(
+        model.path / part,
+        f"cannot be loaded ({why})",
+        wanted=f"a {part} as diffusers saves it",
+        remedy="save the model with save_pretrained, or name another --model",
+    )
 
 
 class ImageEncoder:
@@ -57,7 +70,7 @@ class ImageEncoder:
     def _load_vae(self, dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKL
 
-        vae = _load(self._model, "vae", AutoencoderKL, torch_dtype=dtype)
+        vae = _load_weights(self._model, "vae", AutoencoderKL, torch_dtype=dtype)
         vae = vae.to(self._device, memory_format=torch.channels_last)
         return vae.requires_grad_(False).eval()
 
@@ -105,13 +118,14 @@ class TextEncoder:
         self._device = device
         self._num_tokens = model.text_config["max_position_embeddings"]
         self._tokenizer = _load(model, "tokenizer", CLIPTokenizer)
-        if len(self._tokenizer) > 2**16:
+        vocab_size = model.text_config["vocab_size"]
+        if len(self._tokenizer) > min(vocab_size, 2**16):
             raise UserError(
                 model.path / "tokenizer",
                 f"{len(self._tokenizer)} tokens",
-                wanted="at most 65,536: token ids are stored in 16 bits",
+                wanted=f"at most {vocab_size}, the text encoder's, and 65536: ids have 16 bits",
             )
-        encoder = _load(model, "text_encoder", CLIPTextModel, dtype=dtype)
+        encoder = _load_weights(model, "text_encoder", CLIPTextModel, dtype=dtype)
         self._encoder = encoder.to(device).requires_grad_(False).eval()
 
     def tokenize(self, captions: list[str]) -> np.ndarray:

@@ -13,10 +13,10 @@ from precompute.columns import image_columns, text_column
 from precompute.model_folder import ModelFolder, find_model
 from precompute.progress import Progress
 from shards.column import ColumnSpec, Json, TextColumn
-from shards.dataset import NULL, column_path, write_manifest
-from shards.errors import UserError
+from shards.dataset import NULL, column_path, ledger_path, write_manifest
+from shards.errors import UnreadableShardError, UserError
 from shards.image_shards import SourceShard, find_shards
-from shards.receipt import read_receipt, receipt_path, refuse_changed_source
+from shards.receipt import read_receipt_of, refuse_changed_source
 from shards.storage import sole_writer
 
 # The SD2 family left its first owner's account in 2025; this is where it is kept up.
@@ -50,6 +50,14 @@ class PrecomputeConfig:
     max_drop_frac: float = 0.1
     """Exit with status 1 when more than this share of the source rows was dropped."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError("--batch-size must be at least 1")
+        if self.decode_workers < 0:
+            raise ValueError("--decode-workers must not be negative")
+        if not 0 <= self.max_drop_frac <= 1:
+            raise ValueError("--max-drop-frac must be between 0 and 1")
+
     def parsed_resolutions(self) -> list[int]:
         """The resolutions as numbers, ascending, each once."""
         try:
@@ -62,7 +70,7 @@ class PrecomputeConfig:
 
 @dataclass(frozen=True)
 class Todo:
-    """A source shard and the columns that lack it."""
+    """A source shard and the columns that lack it; none where it is the ledger that does."""
 
     source: SourceShard
     columns: list[ColumnSpec]
@@ -79,6 +87,8 @@ def precompute(config: PrecomputeConfig) -> Json:
     sources, gaps = find_shards(config.shards)
     if gaps:
         print(f"{len(gaps)} shards of the pattern do not exist: {gaps[0]}, … (gaps are fine)")
+    if "://" in config.out:
+        raise UserError("--out", config.out, wanted="a local folder: it is written to in place")
     model = find_model(config.model)
     dtype = _choose_dtype(config)
     columns: list[ColumnSpec] = [
@@ -86,15 +96,20 @@ def precompute(config: PrecomputeConfig) -> Json:
         text_column(model, dtype),
     ]
     dataset = Path(config.out)
+    unreadable: list[UnreadableShardError] = []
     with sole_writer(dataset):
-        todo = [entry for source in sources if (entry := _todo(dataset, source, columns)).columns]
+        todo = [entry for source in sources if (entry := _todo(dataset, source, columns))]
         if todo or not _null_is_there(dataset, columns):
             print(f"{dataset}: {len(todo)} of {len(sources)} shards to encode, model {model.name}")
-            _encode_all(config, dataset, model, dtype, columns, todo)
+            unreadable = _encode_all(config, dataset, model, dtype, columns, todo)
         else:
             print(f"{dataset}: all {len(sources)} shards are there already, nothing to do")
         manifest = write_manifest(dataset)
     print_account(dataset, manifest, columns)
+    if unreadable:
+        raise UnreadableShardError(
+            config.shards, f"{len(unreadable)} of {len(sources)} shards unread; {unreadable[0]}"
+        )
     return manifest
 
 
@@ -110,24 +125,22 @@ def _choose_dtype(config: PrecomputeConfig) -> str:
     return "float16" if choose_device(config.device).type == "cuda" else "float32"
 
 
-def _todo(dataset: Path, source: SourceShard, columns: list[ColumnSpec]) -> Todo:
-    missing = []
-    for column in columns:
-        path = column_path(dataset, column.column_id, source.name)
-        if not (path.exists() and receipt_path(path).exists()):
-            missing.append(column)
-            continue
-        receipt = read_receipt(receipt_path(path))
-        refuse_changed_source(receipt, dataset, {"url": source.url, "bytes": source.num_bytes})
-        if path.stat().st_size != receipt.data_bytes:
-            missing.append(column)
-    return Todo(source, missing)
+def _todo(dataset: Path, source: SourceShard, columns: list[ColumnSpec]) -> Todo | None:
+    def is_there(path: Path) -> bool:
+        if receipt := read_receipt_of(path):
+            refuse_changed_source(receipt, dataset, {"url": source.url, "bytes": source.num_bytes})
+        return receipt is not None
+
+    missing = [c for c in columns if not is_there(column_path(dataset, c.column_id, source.name))]
+    if missing or not is_there(ledger_path(dataset, source.name)):
+        return Todo(source, missing)
+    return None
 
 
 def _null_is_there(dataset: Path, columns: list[ColumnSpec]) -> bool:
     texts = [column for column in columns if isinstance(column, TextColumn)]
     paths = [column_path(dataset, column.column_id, NULL) for column in texts]
-    return all(path.exists() and receipt_path(path).exists() for path in paths)
+    return all(read_receipt_of(path) for path in paths)
 
 
 def _encode_all(
@@ -137,7 +150,8 @@ def _encode_all(
     dtype: str,
     columns: list[ColumnSpec],
     todo: list[Todo],
-) -> None:
+) -> list[UnreadableShardError]:
+    """Encode what is to do; returns the errors of the shards that could not be read."""
     import torch
 
     from precompute.encoders import ImageEncoder, TextEncoder, choose_device
@@ -146,6 +160,7 @@ def _encode_all(
     device, torch_dtype = choose_device(config.device), getattr(torch, dtype)
     num_workers = config.decode_workers or os.cpu_count() or 1
     seconds: dict[str, float] = defaultdict(float)
+    unreadable: list[UnreadableShardError] = []
     with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as pool:
         encoders = Encoders(
             image=ImageEncoder(model, device, torch_dtype),
@@ -161,9 +176,13 @@ def _encode_all(
             if isinstance(column, TextColumn):
                 write_null(dataset, column, encoders)
         for entry in todo:
-            account = encode_shard(
-                dataset, entry.source, entry.columns, encoders, progress.count_sample
-            )
+            try:
+                account = encode_shard(
+                    dataset, entry.source, entry.columns, encoders, progress.count_sample
+                )
+            except UnreadableShardError as error:
+                unreadable.append(error)
+                continue
             progress.finish_shard(entry.source)
             for stage, spent in account.seconds.items():
                 seconds[stage] += spent
@@ -172,3 +191,4 @@ def _encode_all(
     ranked = sorted(seconds.items(), key=lambda stage: -stage[1])
     shares = ", ".join(f"{name} {spent / total:.0%}" for name, spent in ranked)
     print(f"encoded {progress.num_samples:,} samples in {total:.1f} s on {device} ({shares})")
+    return unreadable

@@ -22,6 +22,8 @@ _WEIGHTS = (
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 )
+# diffusers' own: the published configurations of SD 1 and SD 2 are older than the field.
+_DEFAULT_SCALING_FACTOR = 0.18215
 _HUB_PATTERNS = [
     f"{part}/{pattern}"
     for part in ("vae", "text_encoder", "tokenizer", "scheduler")
@@ -44,12 +46,14 @@ class ModelFolder:
     @cached_property
     def vae_config(self) -> Json:
         """Configuration of the VAE, without notes on who saved it."""
-        return self._config("vae", ("latent_channels", "scaling_factor", "block_out_channels"))
+        config = self._config("vae", ("latent_channels", "block_out_channels"))
+        return {"scaling_factor": _DEFAULT_SCALING_FACTOR, **config}
 
     @cached_property
     def text_config(self) -> Json:
         """Configuration of the text encoder, without notes on who saved it."""
-        return self._config("text_encoder", ("hidden_size", "max_position_embeddings"))
+        needed = ("hidden_size", "max_position_embeddings", "vocab_size")
+        return self._config("text_encoder", needed)
 
     @property
     def downsample_factor(self) -> int:
@@ -76,8 +80,16 @@ class ModelFolder:
         return _hash_of_hashes(files) if len(files) > 1 else sha256_of(files[0])
 
     def tokenizer_sha256(self) -> str:
-        """Hash over the tokenizer's files."""
-        files = sorted(p for p in self._folder("tokenizer").iterdir() if p.is_file())
+        """Hash over the tokenizer's files.
+
+        Raises:
+            UserError: the tokenizer has no vocabulary.
+        """
+        folder = self._folder("tokenizer")
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        if not {"tokenizer.json", "vocab.json"} & {path.name for path in files}:
+            # transformers would load one that knows no word
+            raise UserError(folder, "no vocabulary", wanted="tokenizer.json or vocab.json")
         return _hash_of_hashes(files)
 
     def _folder(self, part: str) -> Path:
@@ -95,9 +107,10 @@ class ModelFolder:
     def _config(self, part: str, needed: tuple[str, ...]) -> Json:
         path = self._folder(part) / "config.json"
         try:
-            config: Json = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(path, f"not readable ({error})", wanted="a JSON config") from None
+        config: Json = document if isinstance(document, dict) else {}
         missing = [name for name in needed if name not in config]
         if missing:
             raise UserError(path, f"lacks {', '.join(missing)}", wanted=f"the config of a {part}")

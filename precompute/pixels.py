@@ -15,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shards.column import Json
 
 MAX_PIXELS = 200_000_000
+# What the web serves as pictures; PIL would also run programs (PostScript) on a stranger's bytes.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "ICO", "AVIF")
 
 
 def transform_spec() -> Json:
@@ -47,29 +49,32 @@ def decode(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of oddities that it then handles
-            image: Image.Image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise UnusableImageError("too_many_pixels")
             image.load()
             image = ImageOps.exif_transpose(image)
             return _to_rgb(image)
+    except UnusableImageError:
+        raise
     except UnidentifiedImageError:
         raise UnusableImageError("not_an_image") from None
     except Image.DecompressionBombError:
         raise UnusableImageError("too_many_pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError):
-        # What PIL's decoders raise for damaged files of one kind or another.
+    except Exception:  # PIL's decoders raise nearly anything for damaged files
         raise UnusableImageError("broken_image") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # PIL clips 16-bit greyscale to 255; scale it down instead.
+        values = np.asarray(image, dtype=np.float32)
+        grey = np.where(values == image.info.get("transparency"), 255, values / 257)
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    elif image.mode.startswith("I;16") or image.mode == "I":
-        # PIL clips 16-bit greyscale to 255; scale it down instead.
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype("uint8"))
     return image.convert("RGB")
 
 

@@ -27,6 +27,7 @@ from shards.receipt import (
     Receipt,
     file_facts,
     read_receipt,
+    read_receipt_of,
     receipt_path,
     refuse_changed_source,
     write_receipt,
@@ -66,7 +67,7 @@ class TimeAccount:
         """What one column cost: its encoding, and the reading and decoding that all share."""
         return {
             READ_AND_DECODE: round(self.seconds[READ_AND_DECODE], 3),
-            "encode": round(self.seconds[f"encode {column.name}"], 3),
+            "encode": round(self.seconds.get(f"encode {column.name}", 0.0), 3),  # no rows, no time
         }
 
 
@@ -228,6 +229,7 @@ def _write_ledger(
     path = ledger_path(dataset, facts["shard"])
     if receipt_path(path).exists():
         refuse_changed_source(read_receipt(receipt_path(path)), dataset, facts["source"])
+    if read_receipt_of(path):
         return
     write_ledger(path, ledger)
     rows = len(ledger) - sum(dropped.values())
@@ -272,7 +274,7 @@ def encode_texts(captions: list[str], encoder: TextEncoder) -> dict[str, np.ndar
 def write_null(dataset: Path, column: TextColumn, encoders: Encoders) -> None:
     """The states of the empty caption, once per text column."""
     path = column_path(dataset, column.column_id, NULL)
-    if path.exists() and receipt_path(path).exists():
+    if read_receipt_of(path):
         return
     arrays = encode_texts([""], encoders.text)
     write_arrays(path, {name: array[0] for name, array in arrays.items()})

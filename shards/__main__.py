@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from shards.column import ImageColumn
-from shards.dataset import Dataset, write_manifest
+from shards.dataset import LEDGER, Dataset, write_manifest
 from shards.errors import DatasetError, reported
 from shards.verify import iter_problems
 
@@ -79,8 +79,8 @@ def verify(dataset: Path, *, full: bool) -> int:
 
 def index(dataset: Path) -> None:
     """Rebuild dataset.json."""
-    if not dataset.is_dir():
-        raise DatasetError(dataset, "no such folder")
+    if not (dataset / LEDGER).is_dir():
+        raise DatasetError(dataset, "no latent dataset (no ledger folder)")
     manifest = write_manifest(dataset)
     print(f"{dataset}: {len(manifest['columns'])} columns, {len(manifest['ledger'])} shards")
 

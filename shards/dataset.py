@@ -55,11 +55,30 @@ def column_path(dataset: Path, column_id: str, shard: str) -> Path:
     return dataset / column_id / f"{shard}.safetensors"
 
 
+def read_receipt_in_place(path: Path) -> Receipt:
+    """`read_receipt`, of a receipt that lies where it belongs: in its column, under its name.
+
+    Raises:
+        DatasetError: it does not; or see `read_receipt`.
+    """
+    receipt = read_receipt(path)
+    folder = LEDGER
+    if receipt.column is not None:
+        folder = column_from_json(receipt.column, path).column_id
+    if (folder, receipt.shard) != (path.parent.name, path.stem):
+        raise CorruptFileError(
+            path,
+            f"is the receipt of {folder}/{receipt.shard}",
+            remedy="put it back with its data file, or delete both",
+        )
+    return receipt
+
+
 def iter_receipts(folder: Path) -> Iterable[Receipt]:
     """The receipts of a column or of the ledger, in the order of shard names, without `null`."""
     for path in sorted(folder.glob("*.json")):
         if path.stem != NULL:
-            yield read_receipt(path)
+            yield read_receipt_in_place(path)
 
 
 def build_manifest(dataset: Path) -> Json:
@@ -109,7 +128,7 @@ def write_manifest(dataset: Path) -> Json:
     """Bring dataset.json up to its receipts; leaves the file alone when it already is."""
     manifest = build_manifest(dataset)
     text, path = canonical_json(manifest), dataset / MANIFEST
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         write_text_whole(path, text)
     return manifest
 
@@ -167,19 +186,29 @@ class Dataset:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         manifest = self._read_manifest()
-        self.ledger: dict[str, Json] = manifest["ledger"]
-        self.columns: dict[str, Column[ColumnSpec]] = {
-            column_id: Column(
-                self.path,
-                column_id,
-                column_from_json(entry["spec"], self.path / MANIFEST),
-                entry["model"],
-                entry["shards"],
-                entry["absent"],
-                entry["stats"],
-            )
-            for column_id, entry in manifest["columns"].items()
-        }
+        try:
+            self.ledger: dict[str, Json] = manifest["ledger"]
+            self.columns: dict[str, Column[ColumnSpec]] = {
+                column_id: Column(
+                    self.path,
+                    column_id,
+                    column_from_json(entry["spec"], self.path / MANIFEST),
+                    entry["model"],
+                    entry["shards"],
+                    entry["absent"],
+                    entry["stats"],
+                )
+                for column_id, entry in manifest["columns"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._not_a_manifest(error) from None
+
+    def _not_a_manifest(self, error: Exception) -> CorruptFileError:
+        return CorruptFileError(
+            self.path / MANIFEST,
+            f"not a manifest ({error!r})",
+            remedy=f"python -m shards index {self.path} rebuilds it from the receipts",
+        )
 
     def _read_manifest(self) -> Json:
         path = self.path / MANIFEST
@@ -192,12 +221,8 @@ class Dataset:
                 "no latent dataset (no dataset.json)",
                 remedy=f'make precompute SHARDS="<images>/{{00000..00099}}.tar" OUT={self.path}',
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFileError(
-                path,
-                f"not a manifest ({error!r})",
-                remedy=f"python -m shards index {self.path} rebuilds it from the receipts",
-            ) from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._not_a_manifest(error) from None
         if version != FORMAT_VERSION:
             raise DatasetError(
                 path,
@@ -261,6 +286,12 @@ class Dataset:
                     f"{len(missing)} of {len(self.ledger)} shards missing ({missing[0]}, …)",
                     remedy=rerun,
                 )
+            if unknown := sorted(column.shards.keys() - self.ledger.keys()):
+                raise DatasetError(
+                    self.path / column.column_id,
+                    f"{len(unknown)} shards that the ledger lacks ({unknown[0]}, …)",
+                    remedy=rerun,
+                )
             rows_in = sum(self.ledger[shard]["rows_in"] for shard in column.shards)
             accounted = column.num_rows + sum(column.absent.values())
             if rows_in != accounted:
@@ -273,10 +304,11 @@ class Dataset:
         if not image.num_rows:
             raise DatasetError(self.path / image.column_id, "no rows", remedy="see the ledger")
         low, high = LATENT_STD_RANGE
-        if not low <= image.stats["latent_std"] <= high:
+        std = image.stats.get("latent_std", math.nan)
+        if not low <= std <= high:
             raise DatasetError(
                 self.path / image.column_id,
-                f"scaled latents have standard deviation {image.stats['latent_std']:.3f}",
+                f"scaled latents have standard deviation {std:.3f}",
                 wanted=f"near 1 ({low} to {high})",
                 remedy="check the VAE's scaling_factor and that its pixels were in [-1, 1]",
             )

@@ -34,6 +34,10 @@ class CorruptFileError(DatasetError):
     """A file of a latent dataset is not what its receipt says."""
 
 
+class UnreadableShardError(UserError):
+    """An image shard could not be read to its end: the fault of a disk or network, not its own."""
+
+
 @contextmanager
 def reported(program: str) -> Iterator[None]:
     """Turn a `UserError` into one line on stderr and exit status 2; other errors pass through."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import tarfile
 from collections.abc import Iterator
 
 from shards.errors import UserError
-from shards.image_shards import ImageSample, build_sample, group_members, split_name
+from shards.image_shards import (
+    ImageSample,
+    belongs_to_sample,
+    build_sample,
+    group_members,
+    split_name,
+)
 
 Span = tuple[int, int]  # offset in the file, length
-
-# What webdataset's tar reader passes over, so that the n-th sample is the ledger's n-th row.
-_META = re.compile(r"__[^/]*__($|/)")
 
 
 class ShardIndex:
@@ -53,5 +55,5 @@ class ShardIndex:
 
 def _spans(archive: tarfile.TarFile) -> Iterator[tuple[str, str, Span]]:
     for member in archive:
-        if member.isreg() and not _META.match(member.name):
+        if belongs_to_sample(member):
             yield *split_name(member.name), (member.offset_data, member.size)

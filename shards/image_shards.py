@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 from shards.column import Json
 from shards.dataset import LEDGER, NULL
-from shards.errors import UserError
+from shards.errors import UnreadableShardError, UserError
 
 Data = TypeVar("Data")
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_END_OF_ARCHIVE = bytes(1024)  # two zero blocks; a tar that was cut short lacks them
+_NOTE = re.compile(r"__[^/]*__($|/)")
 _HINT = "for example SHARDS='/data/laion/{00000..00099}.tar'"
 
 
@@ -66,7 +67,6 @@ def find_shards(patterns: str) -> tuple[list[SourceShard], list[str]]:
         UserError: nothing there, a plain path that does not exist, or two shards of one name.
     """
     import braceexpand
-    import fsspec
 
     if not patterns.split():
         raise UserError("--shards", "no pattern given", wanted="image shards", remedy=_HINT)
@@ -74,9 +74,7 @@ def find_shards(patterns: str) -> tuple[list[SourceShard], list[str]]:
     gaps = []
     for pattern in patterns.split():
         for url in braceexpand.braceexpand(pattern):
-            filesystem, path = fsspec.core.url_to_fs(url)
-            paths = sorted(filesystem.glob(path)) if "*" in path else [path]
-            present = [one for one in paths if filesystem.isfile(one)]
+            filesystem, present = _list_files(url)
             if not present and url == pattern:
                 raise UserError(url, "no such image shard", wanted="a webdataset tar", remedy=_HINT)
             if not present:
@@ -96,6 +94,18 @@ def find_shards(patterns: str) -> tuple[list[SourceShard], list[str]]:
     return sorted(found.values(), key=lambda shard: shard.name), gaps
 
 
+def _list_files(url: str) -> tuple[Any, list[str]]:
+    """The files that a URL with or without `*` names, and the filesystem that they are in."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        paths = sorted(filesystem.glob(path)) if "*" in path else [path]
+        return filesystem, [one for one in paths if filesystem.isfile(one)]
+    except (ImportError, OSError, ValueError) as error:  # no such protocol, or not installed
+        raise UserError(url, f"cannot be listed ({error})", wanted="image shards") from None
+
+
 def _shard_name(url: str) -> str:
     file_name = url.rsplit("/", 1)[-1]
     name = file_name.removesuffix(".gz").removesuffix(".tar")
@@ -107,9 +117,9 @@ def _shard_name(url: str) -> str:
 class ShardStream:
     """Iterate the samples of one image shard in one pass, hashing its bytes on the way.
 
-    After the iteration `sha256` is the hash of all bytes that could be read: of the whole file
-    unless it broke off. A shard that does yields the samples before the break, and then one more
-    whose problem is `broken_shard`.
+    After the iteration `sha256` is the hash of the file. A shard that is damaged or cut short
+    yields the samples that are whole before the break, and then one more for all the rest, whose
+    problem is `broken_shard`.
     """
 
     def __init__(self, shard: SourceShard) -> None:
@@ -119,52 +129,78 @@ class ShardStream:
     def __iter__(self) -> Iterator[ImageSample]:
         import fsspec
 
-        stream: _HashedStream | None = None
         try:
             with fsspec.open(self.shard.url, "rb") as file:
                 stream = _HashedStream(file)
-                for key, parts, repeated in group_members(_members(stream)):
-                    yield build_sample(key, parts, repeated)
+                try:
+                    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+                        for key, parts, repeated in group_members(_members(tar)):
+                            yield build_sample(key, parts, repeated)
+                        _expect_nothing_but_zeros(tar)
+                except (tarfile.TarError, EOFError, ValueError) as error:
+                    yield ImageSample(
+                        key=f"<rest of {self.shard.name}>",
+                        metadata={"problem": str(error)},
+                        problem="broken_shard",
+                    )
                 stream.drain()
-                if stream.tail != _END_OF_ARCHIVE and not self.shard.url.endswith(".gz"):
-                    yield _broken(self.shard, "no end-of-archive mark")
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            yield _broken(self.shard, str(error))
-        self.sha256 = stream.hash.hexdigest() if stream else ""
-
-
-def _broken(shard: SourceShard, why: str) -> ImageSample:
-    return ImageSample(
-        key=f"<rest of {shard.name}>", metadata={"problem": why}, problem="broken_shard"
-    )
+        except OSError as error:  # of the disk or the network: no fact about the shard
+            raise UnreadableShardError(
+                self.shard.url, f"cannot be read ({error})", remedy="run the same command again"
+            ) from None
+        self.sha256 = stream.hash.hexdigest()
 
 
 class _HashedStream(io.RawIOBase):
-    """A forward-only reader that hashes what passes and remembers the last bytes."""
+    """A forward-only reader that hashes what passes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.hash = hashlib.sha256()
-        self.tail = b""
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
         self.hash.update(data)
-        self.tail = (self.tail + data[-len(_END_OF_ARCHIVE) :])[-len(_END_OF_ARCHIVE) :]
         return data
 
     def drain(self) -> None:
-        """Read to the end: tar readers stop at the end mark, hashes must not."""
+        """Read to the end: tar readers stop at the end mark or at a break, hashes must not."""
         while self.read(1 << 20):
             pass
 
 
-def _members(stream: _HashedStream) -> Iterator[tuple[str, str, bytes]]:
-    """Key, suffix and bytes of each file of a tar."""
-    from webdataset.tariterators import tar_file_iterator
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header that is damaged or missing is an error; to tarfile it is the end of the archive."""
 
-    for member in tar_file_iterator(stream):
-        yield *split_name(member["fname"]), member["data"]
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark: zeros
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} where a member or the end should be") from None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and bytes of each file of a tar."""
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # it would remember every member
+        file = tar.extractfile(member) if belongs_to_sample(member) else None
+        if file is not None:
+            yield *split_name(member.name), file.read()
+
+
+def belongs_to_sample(member: tarfile.TarInfo) -> bool:
+    """Files do; not folders and links, nor `__…__`, webdataset's notes on a shard as a whole."""
+    return member.isreg() and not _NOTE.match(member.name)
+
+
+def _expect_nothing_but_zeros(tar: tarfile.TarFile) -> None:
+    assert tar.fileobj is not None
+    while data := tar.fileobj.read(1 << 20):
+        if any(data):
+            raise tarfile.ReadError("data after the end of the archive")
 
 
 def split_name(member_name: str) -> tuple[str, str]:
@@ -207,11 +243,13 @@ def build_sample(key: str, parts: dict[str, bytes], repeated: bool) -> ImageSamp
     sample.image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
     try:
         sample.metadata = _parse_metadata(parts.get("json"))
+    except (ValueError, RecursionError):
+        sample.problem = "broken_json"
+        return sample
+    try:
         sample.caption = _caption_of(parts.get("txt"), sample.metadata)
     except UnicodeDecodeError:
         sample.problem = "caption_not_utf8"
-    except ValueError:
-        sample.problem = "broken_json"
     if not sample.problem:
         if not sample.image:
             sample.problem = "no_image" if sample.image is None else "empty_image"
@@ -224,6 +262,7 @@ def _parse_metadata(data: bytes | None) -> Json:
     parsed: Any = json.loads(data) if data is not None else {}
     if not isinstance(parsed, dict):
         raise ValueError("not a JSON object")
+    json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8
     return parsed
 
 

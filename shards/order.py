@@ -40,7 +40,7 @@ def choose_partitions(global_batch_size: int, requested: int = 0) -> int:
         UserError: `requested` does not divide the batch.
     """
     if requested:
-        if global_batch_size % requested:
+        if requested < 0 or global_batch_size % requested:
             raise UserError(
                 "--num-partitions",
                 f"{requested}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.arrays import Arrays
 from shards.batch import LatentBatch
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
@@ -126,18 +127,32 @@ class LatentReader:
         """Moments, caption index *per image row*, and states of one shard; checked once."""
         name = self._shards[index]
         image, text = self._image.map_shard(name), self._text.map_shard(name)
-        caption = np.asarray(text["caption"])[np.asarray(image["row"])]
-        num_rows = self._image.shards[name]["rows"]
-        fits = (
-            image["moments"].shape == (num_rows, 2 * self.latent_shape[0], *self.latent_shape[1:])
-            and len(caption) == num_rows
-            and caption.min(initial=0) >= 0
-            and caption.max(initial=0) < len(text["states"])
-        )
-        if not fits:
+        if not self._fit(name, image, text):
             raise CorruptFileError(
                 self._image.dataset / self._image.column_id / name,
                 "image rows and captions do not belong together",
                 remedy=f"python -m shards verify --full {self._image.dataset}",
             )
-        return image["moments"], caption, text["states"]
+        return image["moments"], np.asarray(text["caption"])[image["row"]], text["states"]
+
+    def _fit(self, name: str, image: Arrays, text: Arrays) -> bool:
+        """Whether a shard's arrays are what the specs say and point nowhere but into each other."""
+        if not (image.keys() >= {"moments", "row"} and text.keys() >= {"caption", "states"}):
+            return False
+        moments, row = image["moments"], image["row"]
+        caption, states = text["caption"], text["states"]
+        num_rows, num_source_rows = (self._image.shards[name][key] for key in ("rows", "rows_in"))
+        num_channels, *size = self.latent_shape
+        return (
+            moments.dtype == states.dtype == np.float16
+            and moments.shape == (num_rows, 2 * num_channels, *size)
+            and states.shape[1:] == (self._text.spec.num_tokens, self._text.spec.dim)
+            and row.shape == (num_rows,)
+            and caption.shape == (num_source_rows,)
+            and _within(row, num_source_rows)
+            and _within(caption[row], len(states))
+        )
+
+
+def _within(indices: np.ndarray, size: int) -> bool:
+    return not len(indices) or bool(indices.min() >= 0 and indices.max() < size)

@@ -123,6 +123,15 @@ def read_receipt(path: Path) -> Receipt:
     return Receipt(**document)
 
 
+def read_receipt_of(data_path: Path) -> Receipt | None:
+    """The receipt of a data file; None unless both are there and the length is the one stated."""
+    path = receipt_path(data_path)
+    if not (data_path.exists() and path.exists()):
+        return None
+    receipt = read_receipt(path)
+    return receipt if data_path.stat().st_size == receipt.data_bytes else None
+
+
 def refuse_changed_source(receipt: Receipt, dataset: Path, source: Json) -> None:
     """Hold a source shard to the one that a receipt speaks of.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.arrays import map_arrays
-from shards.column import ImageColumn
+from shards.column import ImageColumn, TextColumn
 from shards.dataset import (
     LEDGER,
     MANIFEST,
@@ -22,12 +22,13 @@ from shards.dataset import (
     build_manifest,
     column_path,
     ledger_path,
+    read_receipt_in_place,
     unfinished_files,
 )
 from shards.errors import DatasetError
 from shards.ledger import OK, count_reasons, read_ledger
 from shards.ledger import LedgerRow as Row
-from shards.receipt import Receipt, read_receipt
+from shards.receipt import Receipt, receipt_path
 from shards.storage import canonical_json, sha256_of
 
 
@@ -47,7 +48,7 @@ def iter_problems(dataset: Path, *, full: bool) -> Iterator[str]:
             yield f"{path}: no receipt: not finished; the next precompute overwrites it"
         for path in sorted(folder.glob("*.json")):
             try:
-                receipt = read_receipt(path)
+                receipt = read_receipt_in_place(path)
             except DatasetError as error:
                 yield str(error)
                 broken = True
@@ -132,5 +133,8 @@ def _manifest_problems(dataset: Path) -> Iterator[str]:
         yield str(error)
         return
     for column in opened.columns.values():
+        null = receipt_path(column_path(dataset, column.column_id, NULL))
+        if isinstance(column.spec, TextColumn) and not null.exists():
+            yield f"{null}: is missing, and the states of the empty caption with it"
         for shard in sorted(opened.ledger.keys() - column.shards.keys()):
             yield f"{dataset / column.column_id}: shard {shard} is in the ledger, not here"

@@ -3,7 +3,7 @@
 <run>/checkpoints/000300/unet/            loads with UNet2DConditionModel.from_pretrained
 unet_ema/        the same, averaged weights (where there are any)
 optimizer.safetensors
-state.json       step, configuration, identity of the batches
+state.json       step, configuration, identity of the batches, sums since the last log
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shards.errors import UserError
-from shards.storage import TEMPORARY_SUFFIX, canonical_json, sync_folder, write_text_whole
+from shards.storage import (
+    TEMPORARY_SUFFIX,
+    canonical_json,
+    sync_folder,
+    write_text_whole,
+    write_whole,
+)
 from train.objective import SCHEDULER_CONFIG
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _STATE = "state.json"
+_STATE_KEYS = {"step", "config", "batches", "interval"}
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -39,10 +46,10 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def save_unet(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Write a folder that `UNet2DConditionModel.from_pretrained` loads."""
-    folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: weight.detach().contiguous() for name, weight in weights.items()}
-    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(canonical_json(config), encoding="utf-8")
+    metadata = {"format": "pt"}
+    write_whole(folder / WEIGHTS, lambda path: save_file(contiguous, path, metadata=metadata))
+    write_text_whole(folder / "config.json", canonical_json(config))
 
 
 def save_scheduler(folder: Path, prediction_type: str) -> None:
@@ -65,8 +72,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint beside its final name, then rename; remove all but the newest `keep`."""
     final = checkpoint_path(run, step)
-    temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(final)
+    for leftover in final.parent.glob(f"*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(leftover)  # of a process that was killed
     save_unet(temporary / "unet", unet_config, weights)
     if average is not None:
         save_unet(temporary / "unet_ema", unet_config, average)
@@ -75,21 +83,26 @@ def save_checkpoint(
     write_text_whole(temporary / _STATE, canonical_json({**state, "step": step}))
     for path in temporary.rglob("*"):
         sync_folder(path)  # fsync takes a folder and a file alike
-    shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
     sync_folder(final.parent)
     for old in checkpoints_of(run)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.replace(_temporary(old)))  # never in sight half removed
     return final
 
 
+def _temporary(final: Path) -> Path:
+    return final.with_name(final.name + TEMPORARY_SUFFIX)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Step, configuration and batch identity of a checkpoint."""
+    """Step, configuration, batch identity and open interval of a checkpoint."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        return state
     except (OSError, ValueError) as error:
         raise _broken(checkpoint, error) from None
+    if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
+        raise _broken(checkpoint, ValueError(f"{_STATE} is not that of a run"))
+    return state
 
 
 def load_weights(checkpoint: Path, part: str) -> dict[str, Tensor]:
@@ -139,5 +152,5 @@ def restore_optimizer(
 
 def _in_layout_of(parameter: Tensor, saved: Tensor) -> Tensor:
     if saved.shape != parameter.shape:
-        return saved
+        return saved.clone()  # no longer a map of the file
     return torch.empty_like(parameter, dtype=saved.dtype, device="cpu").copy_(saved)

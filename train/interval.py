@@ -19,17 +19,30 @@ Row = dict[str, float]
 class Interval:
     """Steps, waiting time and sums of loss and gradient norm since it was opened.
 
+    Attributes:
+        first_step: updates done when it was opened.
+
     Args:
-        first_step: updates done when it opens.
+        first_step: see above.
         device: where losses are.
     """
 
     def __init__(self, first_step: int, device: torch.device) -> None:
-        self._first_step, self._device = first_step, device
-        self._start = time.perf_counter()
-        self._wait_sec = 0.0
+        self.first_step, self._device = first_step, device
         self.loss_sum = torch.zeros((), device=device)
         self.grad_norm_sum = torch.zeros((), device=device)
+        self.start_clock(first_step)
+
+    def start_clock(self, step: int) -> None:
+        """Count time and steps for the rates from here; what was summed up stays."""
+        self._clock_step, self._wait_sec = step, 0.0
+        self._start = time.perf_counter()
+
+    def restore(self, first_step: int, loss_sum: float, grad_norm_sum: float) -> None:
+        """Take over the sums of an interval that was open when a checkpoint was written."""
+        self.first_step = first_step
+        self.loss_sum.fill_(loss_sum)
+        self.grad_norm_sum.fill_(grad_norm_sum)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -54,19 +67,20 @@ class Interval:
         Raises:
             UserError: a loss or a gradient was not finite.
         """
-        steps, elapsed = step - self._first_step, time.perf_counter() - self._start
+        steps, timed_steps = step - self.first_step, step - self._clock_step
+        elapsed = time.perf_counter() - self._start
         if not math.isfinite(loss + grad_norm):
             raise UserError(
                 "training",
-                f"a loss or gradient between steps {self._first_step} and {step} is not finite",
-                remedy="start again from the last checkpoint with a lower --learning-rate",
+                f"a loss or gradient between steps {self.first_step} and {step} is not finite",
+                remedy="a lower --learning-rate or --max-grad-norm, in another --output-dir",
             )
         return {
             "step": step,
             "train/loss": loss / steps,
             "train/grad_norm": grad_norm / steps,
-            "perf/iters_per_sec": steps / elapsed,
-            "perf/images_per_sec": steps * global_batch_size / elapsed,
+            "perf/iters_per_sec": timed_steps / elapsed,
+            "perf/images_per_sec": timed_steps * global_batch_size / elapsed,
             "perf/data_wait_frac": self._wait_sec / elapsed,
             "perf/peak_mem_gib": self._peak_memory_gib(),
         }

@@ -116,14 +116,16 @@ def parse(argv: list[str]) -> TrainConfig:
 def fitting_preset(argv: list[str]) -> str:
     """The first preset whose resolution and U-Net fit the dataset that the flags name."""
     peek = argparse.ArgumentParser(add_help=False)
-    peek.add_argument("--data", default=TrainConfig.data)
-    dataset = Dataset(peek.parse_known_args(argv)[0].data)
-    text = dataset.text_column()
+    for flag in ("data", "image_column", "text_column"):
+        peek.add_argument(f"--{flag.replace('_', '-')}", default=getattr(TrainConfig, flag))
+    named, _ = peek.parse_known_args(argv)
+    dataset = Dataset(named.data)
+    text = dataset.text_column(named.text_column)
     for name, config in PRESETS.items():
         if config.resolution not in dataset.resolutions():
             continue
         try:
-            image = dataset.image_column(config.resolution)
+            image = dataset.image_column(config.resolution, named.image_column)
             check_fits(load_unet_config(config.unet), image, text)
         except DatasetError:
             continue

@@ -22,7 +22,6 @@ from shards.order import choose_partitions, positions_of_rank
 from shards.storage import canonical_json, write_text_whole
 from train.attention import apply_attention
 from train.checkpoint import (
-    checkpoint_path,
     checkpoints_of,
     load_weights,
     optimizer_tensors,
@@ -68,7 +67,7 @@ def train(
     trainer.announce()
     with trainer.signals:
         trainer.run(config.max_steps)
-    trainer.finish()
+        trainer.finish()
     return trainer
 
 
@@ -108,10 +107,11 @@ class Trainer:
         self.step = 0
         self.stopped = False
         self.signals = StopOnSignal()
+        self._interval = Interval(self.step, self.device)
+        self._saved_step = -1
         self._resume()
         self._model = accelerator.prepare(self.unet)
         self._source: Iterator[LatentBatch] | None = None
-        self._interval = Interval(self.step, self.device)
         if accelerator.is_main_process:
             write_text_whole(self.run_dir / "config.json", canonical_json(self._identity()))
             self._metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
@@ -122,7 +122,7 @@ class Trainer:
         """Train until `until` updates are done or a signal asks for a stop."""
         if self._source is None:
             self._source = self.batches.iter_batches(self.step, self.positions)
-        self._interval = Interval(self.step, self.device)
+        self._interval.start_clock(self.step)
         while self.step < until and not self.stopped:
             with self._interval.waiting():
                 batch = next(self._source)
@@ -186,14 +186,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
-        elif config.ema_decay and self.step >= config.ema_start_step:
+        elif self._has_average(self.step + 1):
             self.average = WeightAverage(self.unet, config.ema_decay)
 
     def _log(self) -> None:
-        """The one place where the host waits for the device; the ranks agree on a stop here."""
-        stop = torch.tensor(float(self.signals.requested), device=self.device)
-        sums = torch.stack([self._interval.loss_sum, self._interval.grad_norm_sum, stop])
-        loss, grad_norm, stop_frac = self.accelerator.reduce(sums, "mean").tolist()
+        """Write a row and open the next interval; the ranks agree on a stop here."""
+        loss, grad_norm, stop_frac = self._read_sums()
         row = self._interval.close(self.step, loss, grad_norm, self.config.global_batch_size)
         row["epoch"] = round(self.batches.epoch_at(self.step), 4)
         row["train/learning_rate"] = self.config.learning_rate_at(self.step - 1)
@@ -202,6 +200,16 @@ class Trainer:
         self.accelerator.print(log_line(row, self.config.max_steps), flush=True)
         self.stopped = stop_frac > 0
         self._interval = Interval(self.step, self.device)
+
+    def _read_sums(self) -> tuple[float, float, float]:
+        """The interval's losses and gradient norms, and the share of ranks that a signal reached.
+
+        The one place where the host waits for the device.
+        """
+        stop = torch.tensor(float(self.signals.requested), device=self.device)
+        sums = torch.stack([self._interval.loss_sum, self._interval.grad_norm_sum, stop])
+        loss, grad_norm, stop_frac = self.accelerator.reduce(sums, "mean").tolist()
+        return loss, grad_norm, stop_frac
 
     def announce(self) -> None:
         """Say what is about to run, with the arithmetic of the batch."""
@@ -230,15 +238,21 @@ class Trainer:
         Raises:
             UserError: the weights are not to be trusted: a gradient was not finite.
         """
-        if not math.isfinite(self._interval.grad_norm_sum.item()):
+        loss, grad_norm, _ = self._read_sums()
+        if not math.isfinite(loss + grad_norm):
             raise UserError(
                 self.run_dir, f"not saved: gradients before step {self.step} not finite"
             )
+        interval = {
+            "first_step": self._interval.first_step,
+            "loss_sum": loss,
+            "grad_norm_sum": grad_norm,
+        }
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.run_dir,
                 step=self.step,
-                state=self._identity(),
+                state={**self._identity(), "interval": interval},
                 prediction_type=self.config.prediction_type,
                 unet_config=dict(self.unet.config),
                 weights=self.unet.state_dict(),
@@ -246,11 +260,12 @@ class Trainer:
                 optimizer=optimizer_tensors(self.optimizer, self._parameter_names()),
                 keep=self.config.keep_checkpoints,
             )
+        self._saved_step = self.step
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
         """Checkpoint the last step; export the result once the run is complete."""
-        if not checkpoint_path(self.run_dir, self.step).exists():
+        if self._saved_step != self.step:
             self.save()
         if self.step < self.config.max_steps:
             self.accelerator.print(f"stopped at step {self.step}; the same command continues")
@@ -278,17 +293,22 @@ class Trainer:
         self.unet.load_state_dict(load_weights(newest, "unet"))
         tensors = load_weights(newest, "optimizer")
         restore_optimizer(self.optimizer, self._parameter_names(), tensors)
-        if (newest / "unet_ema").exists():
+        self.step = self._saved_step = state["step"]
+        self._interval.restore(**state["interval"])
+        if self._has_average(self.step):
             self.average = WeightAverage(self.unet, self.config.ema_decay)
             self.average.load(load_weights(newest, "unet_ema"))
-        self.step = state["step"]
+
+    def _has_average(self, step: int) -> bool:
+        """Whether the weights are averaged once so many updates are done."""
+        return bool(self.config.ema_decay) and step >= self.config.ema_start_step
 
     def _refuse_another_run(self, checkpoint: Path, state: dict[str, Any]) -> None:
         before, now = state["config"], self._identity()["config"]
         changed = [
-            f"{name} {before.get(name)} -> {value}"
-            for name, value in now.items()
-            if before.get(name) != value
+            f"{name} {before.get(name)} -> {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
         ]
         if not changed and state["batches"] != self.batches.identity:
             changed = ["the dataset has other columns or shards"]
@@ -301,7 +321,10 @@ class Trainer:
             )
 
     def _identity(self) -> dict[str, Any]:
-        return {"config": self.config.defining_fields(), "batches": self.batches.identity}
+        config = self.config.defining_fields()
+        unet = load_unet_config(config.pop("unet"))  # what it says, not where it is
+        config |= {f"unet.{name}": value for name, value in unet.items()}
+        return {"config": config, "batches": self.batches.identity}
 
     def _parameter_names(self) -> list[str]:
         return [name for name, _ in self.unet.named_parameters()]

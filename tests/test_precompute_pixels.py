@@ -1,0 +1,246 @@
+"""From image bytes to the square that the VAE sees, whatever kind of picture it is."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import image_bytes, smooth_image
+from PIL import Image, features
+
+import precompute.pixels
+from precompute.pixels import UnusableImageError, crop_to, decode
+
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM"]
+FORMATS += ["AVIF"] if features.check("avif") else []  # a matter of Pillow's build
+
+
+def decoded(data: bytes) -> np.ndarray:
+    """[H, W, 3] as integers that can be subtracted."""
+    image = decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def picture(width: int = 40, height: int = 30) -> Image.Image:
+    return smooth_image(np.random.default_rng(0), width, height)
+
+
+def with_transparent_colour(image: Image.Image, colour: Any) -> bytes:
+    return image_bytes(image, "PNG", transparency=colour)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [
+        (1, lambda stored: stored),
+        (2, lambda stored: stored[:, ::-1]),
+        (3, lambda stored: stored[::-1, ::-1]),
+        (4, lambda stored: stored[::-1]),
+        (5, lambda stored: stored.transpose(1, 0, 2)),
+        (6, lambda stored: np.rot90(stored, -1)),
+        (7, lambda stored: stored.transpose(1, 0, 2)[::-1, ::-1]),
+        (8, lambda stored: np.rot90(stored, 1)),
+    ],
+)
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_pictures_are_turned_upright_as_exif_says(orientation, turn, file_format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.asarray(picture()).astype(int)
+    found = decoded(image_bytes(picture(), file_format, exif=exif))
+    assert np.abs(found - turn(stored)).mean() <= (0 if file_format == "PNG" else 6)
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"x" * 50])
+def test_broken_exif_costs_no_picture(exif):
+    found = decoded(image_bytes(picture(), "JPEG", exif=exif, quality=95))
+    assert found.shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_parts_become_white(mode):
+    colour = picture().convert(mode[:-1])
+    alpha = Image.fromarray(np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1)))
+    image = colour.convert(mode)
+    image.putalpha(alpha)
+    share = np.asarray(alpha)[..., None] / 255
+    expected = share * np.asarray(colour.convert("RGB")) + (1 - share) * 255
+    assert np.abs(decoded(image_bytes(image)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (Image.new("RGB", (9, 8), (10, 20, 30)), (10, 20, 30)),
+        (Image.new("L", (9, 8), 77), 77),
+        (Image.new("1", (9, 8), 0), 0),
+        (Image.new("I;16", (9, 8), 1234), 1234),
+        (picture().quantize(4).point(lambda _: 3), 3),
+    ],
+    ids=["RGB", "L", "1", "I;16", "P"],
+)
+def test_a_colour_that_is_declared_transparent_becomes_white(image, colour):
+    data = with_transparent_colour(image, colour)
+    assert "transparency" in Image.open(io.BytesIO(data)).info
+    assert (decoded(data) == 255).all()
+
+
+def test_the_other_colours_stay_as_they_are_beside_a_transparent_one():
+    image = Image.fromarray(np.array([[0, 100], [200, 255]], np.uint8))
+    assert decoded(with_transparent_colour(image, 100))[..., 0].tolist() == [[0, 255], [200, 255]]
+    deep = Image.fromarray(np.array([[0, 257 * 9], [257 * 90, 65535]], np.uint16))
+    assert decoded(with_transparent_colour(deep, 0))[..., 0].tolist() == [[255, 9], [90, 255]]
+
+
+def test_greyscale_becomes_three_equal_channels():
+    grey = picture().convert("L")
+    found = decoded(image_bytes(grey))
+    assert (found == np.asarray(grey)[..., None]).all()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(file_format):
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    found = decoded(image_bytes(Image.fromarray(values), file_format))
+    assert (found == np.arange(256).reshape(16, 16, 1)).all()
+
+
+def test_one_bit_becomes_black_and_white():
+    values = np.random.default_rng(0).random((8, 8)) > 0.5
+    assert (decoded(image_bytes(Image.fromarray(values))) == 255 * values[..., None]).all()
+
+
+def test_a_palette_is_looked_up():
+    image = picture().convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
+    assert (decoded(image_bytes(image)) == np.asarray(image.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize(
+    ("ink", "colour"),
+    [((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 0), (255, 255, 255)), ((0, 0, 0, 255), (0, 0, 0))],
+)
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+def test_cmyk_comes_out_in_its_colours(ink, colour, file_format):
+    found = decoded(image_bytes(Image.new("CMYK", (16, 16), ink), file_format))
+    assert np.abs(found - np.array(colour)).max() <= 6
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_counts(file_format):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = image_bytes(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined]
+    assert (decoded(data) == (255, 0, 0)).all()
+
+
+def test_a_lossless_picture_is_decoded_to_the_bit():
+    assert (decoded(image_bytes(picture())) == np.asarray(picture())).all()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0", b"not a picture", b"<svg/>", b"<html>404</html>", b"%PDF-1.4", b"GIF89a", b"BM"],
+)
+def test_what_is_no_picture_has_a_reason(data):
+    with pytest.raises(UnusableImageError) as error:
+        decode(data)
+    assert error.value.reason in ("not_an_image", "broken_image")
+
+
+def test_no_program_is_run_on_a_strangers_bytes():
+    with pytest.raises(UnusableImageError, match="not_an_image"):
+        decode(image_bytes(picture(), "EPS"))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_picture_cut_short_has_a_reason(file_format):
+    data = image_bytes(picture(200, 150), file_format)
+    with pytest.raises(UnusableImageError) as error:
+        decode(data[: len(data) // 2])
+    assert error.value.reason in ("not_an_image", "broken_image")
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_damage_anywhere_is_a_reason_or_a_picture_and_never_another_error(file_format):
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "lying"
+    options = {"exif": exif} if file_format in ("JPEG", "WEBP", "PNG", "TIFF", "AVIF") else {}
+    whole = image_bytes(picture(), file_format, **options)
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data) if rng.random() < 0.5 else 200, rng.integers(1, 9)):
+            data[place % len(data)] = rng.choice([0, 255, rng.integers(0, 256)])
+        try:
+            assert decode(bytes(data[: rng.integers(1, 2 * len(data))])).mode == "RGB"
+        except UnusableImageError as error:
+            assert error.reason  # noqa: PT017 - any other error fails the test
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that would unpack to width times height pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        body = name + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+
+
+@pytest.mark.parametrize("size", [(14_000, 14_000), (20_001, 10_000), (100_000, 100_000)])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_takes_memory(size):
+    with pytest.raises(UnusableImageError, match="too_many_pixels"):
+        decode(png_that_claims(*size))
+
+
+def test_a_large_picture_within_the_limit_is_not_refused_for_its_size(monkeypatch):
+    assert precompute.pixels.MAX_PIXELS >= 100_000_000
+    with pytest.raises(UnusableImageError, match="broken_image"):  # it has no pixels, but may
+        decode(png_that_claims(10_000, 10_000))
+
+
+# The square.
+
+
+@pytest.mark.parametrize("resolution", [16, 24])
+@pytest.mark.parametrize(
+    "size", [(24, 24), (25, 24), (24, 100), (100, 24), (37, 53), (301, 200), (24, 2400)]
+)
+def test_the_shortest_side_is_resized_and_the_centre_cut_out(size, resolution):
+    image = picture(*size)
+    square = crop_to(image, resolution)
+    assert (square.shape, square.dtype) == ((3, resolution, resolution), np.uint8)
+    assert square.flags.c_contiguous
+
+    width, height = size
+    shortest = min(size)
+    resized = image.resize(
+        (round(width * resolution / shortest), round(height * resolution / shortest)),
+        Image.Resampling.BICUBIC,
+    )
+    left, top = ((side - resolution) // 2 for side in resized.size)
+    expected = np.asarray(resized)[top : top + resolution, left : left + resolution]
+    assert np.array_equal(square.transpose(1, 2, 0), expected)
+
+
+def test_a_picture_of_the_right_size_keeps_every_pixel():
+    image = picture(32, 32)
+    assert np.array_equal(crop_to(image, 32).transpose(1, 2, 0), np.asarray(image))
+    wide = picture(52, 32)
+    assert np.array_equal(crop_to(wide, 32).transpose(1, 2, 0), np.asarray(wide)[:, 10:42])
+
+
+def test_resizing_averages_instead_of_picking_pixels():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(crop_to(Image.fromarray(stripes), 32).astype(int) - 128).max() <= 6
+
+
+def test_a_picture_is_never_enlarged():
+    with pytest.raises(AssertionError, match="never upsampled"):
+        crop_to(picture(31, 100), 32)
