@@ -100,7 +100,10 @@ def precompute(config: PrecomputeConfig) -> Json:
     with sole_writer(dataset):
         todo = [entry for source in sources if (entry := _todo(dataset, source, columns))]
         if todo or not _null_is_there(dataset, columns):
-            print(f"{dataset}: {len(todo)} of {len(sources)} shards to encode, model {model.name}")
+            print(
+                f"{dataset}: {len(todo)} of {len(sources)} shards to encode, "
+                f"model {model.name}, {dtype}"
+            )
             unreadable = _encode_all(config, dataset, model, dtype, columns, todo)
         else:
             print(f"{dataset}: all {len(sources)} shards are there already, nothing to do")
@@ -155,8 +158,10 @@ def _encode_all(
     import torch
 
     from precompute.encoders import ImageEncoder, TextEncoder, choose_device
+    from precompute.pixels import quieten_decoder
     from precompute.shard_job import Encoders, encode_shard, write_null
 
+    quieten_decoder()
     device, torch_dtype = choose_device(config.device), getattr(torch, dtype)
     num_workers = config.decode_workers or os.cpu_count() or 1
     seconds: dict[str, float] = defaultdict(float)

@@ -15,7 +15,7 @@ import torch
 
 from precompute.encoders import ImageEncoder, TextEncoder, to_pixel_values
 from precompute.model_folder import find_model
-from precompute.pixels import crop_to, decode
+from precompute.pixels import crop_to, decode, quieten_decoder
 from shards.arrays import map_arrays
 from shards.batch import LatentBatch
 from shards.column import ImageColumn, TextColumn
@@ -50,6 +50,7 @@ class OnlineBatches:
         dtype: torch.dtype,
         num_workers: int,
     ) -> None:
+        quieten_decoder()
         model = find_model(image.model)
         self._reader, self._image, self._device = reader, image, device
         self._image_encoder = ImageEncoder(model, device, dtype)

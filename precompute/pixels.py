@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.column import Json
 
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 120_000_000  # below the limit at which PIL itself refuses
 # What the web serves as pictures; PIL would also run programs (PostScript) on a stranger's bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "ICO", "AVIF")
 
@@ -40,6 +40,11 @@ class UnusableImageError(Exception):
         self.reason = reason
 
 
+def quieten_decoder() -> None:
+    """PIL warns of every oddity that it then handles; once for a process, before its threads."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def decode(data: bytes) -> Image.Image:
     """Decode to upright RGB; transparent parts become white.
 
@@ -47,15 +52,13 @@ def decode(data: bytes) -> Image.Image:
         UnusableImageError: not an image, cut short, or of too many pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of oddities that it then handles
-            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise UnusableImageError("too_many_pixels")
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
-    except UnusableImageError:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise UnusableImageError("too_many_pixels")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except (UnusableImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise UnusableImageError("not_an_image") from None

@@ -178,7 +178,7 @@ def build_latent_dataset(
         captions_per_shard: distinct captions of each shard, shared by its rows.
         scaling_factor: the moments are such that latents scaled by it have deviation 1.
     """
-    encoder = {"encoder_config": {"random": seed}, "compute_dtype": "float32"}
+    encoder: Json = {"encoder_config": {"random": seed}, "compute_dtype": "float32"}
     encoder |= {"storage_dtype": "float16", "weights_sha256": "0" * 64}
     images = [
         ImageColumn(

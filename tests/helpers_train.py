@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from train.config import TrainConfig
 from train.metrics import read_metrics
 from train.trainer import Trainer, train
 
-REPOSITORY = Path(__file__).parent.parent
 DIM, NUM_TOKENS, LATENT_SHAPE = 32, 5, (4, 8, 8)
 
 

@@ -183,15 +183,3 @@ def test_errors_are_one_line(run, model_folder, tmp_path, capsys, changes, messa
     assert line.startswith("evaluate: error: ")
     assert message in line
     assert not (tmp_path / "grid.png").exists()
-
-
-def test_help_answers_without_torch():
-    code = (
-        "import sys, contextlib\n"
-        "from evaluate.__main__ import main\n"
-        "with contextlib.suppress(SystemExit): main(['sample', '--help'])\n"
-        "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
-    )
-    done = run_python("-c", code)
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert "--guidance-scale" in done.stdout

@@ -29,7 +29,11 @@ def run(images: Path, model_folder: Path, tmp_path: Path) -> Run:
     """The command with good arguments, but for those that are given; returns the exit status."""
 
     def run(**changed: object) -> int:
-        arguments = {"shards": images, "out": tmp_path / "out", "model": model_folder}
+        arguments: dict[str, object] = {
+            "shards": images,
+            "out": tmp_path / "out",
+            "model": model_folder,
+        }
         arguments |= {"resolutions": "32", "device": "cpu", "max_drop_frac": 0.5}
         options = (arguments | changed).items()
         try:

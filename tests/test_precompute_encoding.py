@@ -77,7 +77,7 @@ def plain_states(model: Path, captions: list[str]) -> tuple[np.ndarray, np.ndarr
 
 
 def run(out: Path, shards: Path | str, model: Path, **options: Any) -> Dataset:
-    defaults = {"device": "cpu", "batch_size": 4, "resolutions": "32", "max_drop_frac": 1.0}
+    defaults: Json = {"device": "cpu", "batch_size": 4, "resolutions": "32", "max_drop_frac": 1.0}
     precompute(
         PrecomputeConfig(shards=str(shards), out=str(out), model=str(model), **defaults | options)
     )

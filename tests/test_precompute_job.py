@@ -19,6 +19,7 @@ import torch
 from conftest import image_bytes, run_python, sample_members, smooth_image, write_tar
 
 from precompute.job import PrecomputeConfig, precompute
+from shards.column import Json
 from shards.errors import DatasetError, UserError
 from shards.storage import sole_writer
 from shards.verify import iter_problems
@@ -44,7 +45,7 @@ def run(images: Path, model_folder: Path, tmp_path: Path) -> Callable[..., None]
     """`run(out, **options)`: the same job every time."""
 
     def run(out: Path | str = "out", **options: Any) -> None:
-        defaults = {"shards": f"{images}/*.tar", "resolutions": "32,40", "batch_size": 2}
+        defaults: Json = {"shards": f"{images}/*.tar", "resolutions": "32,40", "batch_size": 2}
         defaults |= {"model": str(model_folder), "device": "cpu"}
         precompute(PrecomputeConfig(out=str(tmp_path / out), **defaults | options))
 
@@ -318,7 +319,7 @@ def attempt(job: Callable[[], None], *, die_at: int = 0, after_sec: float = 0.0)
                 os.kill(os.getpid(), signal.SIGKILL)
             return replace(self, target)
 
-        os.fsync, Path.replace = dying_fsync, dying_replace  # type: ignore[method-assign]
+        os.fsync, Path.replace = dying_fsync, dying_replace  # type: ignore
         job()
 
     process = multiprocessing.get_context("fork").Process(target=child)

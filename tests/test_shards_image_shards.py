@@ -369,6 +369,29 @@ def test_a_shard_that_cannot_be_read_now_is_an_error_and_not_a_broken_shard(tmp_
         list(ShardStream(shard))
 
 
+@pytest.mark.parametrize("name", ["00000.tar", "00000.tar.gz"])
+def test_a_disk_or_network_that_fails_in_mid_read_is_an_error_and_not_a_broken_shard(
+    tmp_path, monkeypatch, name
+):
+    path = write_tar(tmp_path / "plain.tar", [*three_samples(), ("d.jpg", os.urandom(100_000))])
+    whole = path.read_bytes()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(whole) if name.endswith("gz") else whole)
+    shard = shard_at(path)
+
+    class FailingFile(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 40_000:
+                raise TimeoutError("connection lost")
+            return super().read(size)
+
+    monkeypatch.setattr("fsspec.open", lambda url, mode: FailingFile(Path(url).read_bytes()))
+    found = []
+    with pytest.raises(UserError, match=r"cannot be read .*connection lost"):
+        found += ShardStream(shard)
+    assert "broken_shard" not in {sample.problem for sample in found}
+
+
 def test_a_shard_can_be_read_twice(tmp_path):
     stream = ShardStream(shard_at(write_tar(tmp_path / "00000.tar", three_samples())))
     first = [sample.key for sample in stream]

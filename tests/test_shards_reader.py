@@ -29,7 +29,9 @@ def dataset(tmp_path: Path, make_latent_dataset: Callable[..., Dataset]) -> Data
     return make_latent_dataset(tmp_path / "latents", LENGTHS, resolutions=(32, 64), **SMALL)
 
 
-def reader_of(dataset: Dataset, *, batch: int = 8, resolution: int = 64, **options: Any):
+def reader_of(
+    dataset: Dataset, *, batch: int = 8, resolution: int = 64, **options: Any
+) -> LatentReader:
     return LatentReader(
         dataset,
         dataset.image_column(resolution),

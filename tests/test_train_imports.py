@@ -1,17 +1,14 @@
-"""The trainer never loads an encoder or decodes an image; in script mode it shadows nobody."""
+"""The trainer never loads an encoder or decodes an image; only its entry point may."""
 
 import ast
 import json
-import sys
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from conftest import run_python
-from helpers_train import REPOSITORY, flags, write_unet
+from conftest import REPOSITORY, run_python
+from helpers_train import flags, write_unet
 
-MODULES = sorted((REPOSITORY / "train").glob("*.py"))
-LIBRARY = [path for path in MODULES if path.name != "main.py"]
+LIBRARY = [path for path in sorted((REPOSITORY / "train").glob("*.py")) if path.stem != "main"]
 FORBIDDEN = {
     *("transformers", "PIL", "webdataset", "torchvision", "cv2", "simplejpeg"),
     *("precompute", "evaluate", "examples", "benchmarks"),
@@ -43,13 +40,6 @@ def test_no_module_of_the_trainer_imports_an_encoder_or_a_decoder(path):
     packages, names = imports_of(path)
     assert not packages & FORBIDDEN
     assert not names & FORBIDDEN_NAMES
-
-
-def test_no_module_of_the_trainer_shadows_the_standard_library_or_a_package():
-    """`accelerate launch train/main.py` puts train/ first on the module path."""
-    taken = sys.stdlib_module_names | packages_distributions().keys()
-    assert len(taken) > 200
-    assert not {path.stem for path in MODULES if path.stem != "__init__"} & taken
 
 
 def test_a_training_loads_neither_a_vae_nor_a_text_encoder(tmp_path, make_latent_dataset):

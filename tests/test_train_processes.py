@@ -176,8 +176,8 @@ def test_a_row_that_two_processes_began_is_finished_by_one(runs):
 def test_rates_are_not_multiplied_by_the_number_of_processes(runs):
     rows = read_metrics(runs / "fresh" / "run" / "metrics.jsonl")
     seconds = rank_files(runs, "fresh")[0]["seconds"]
-    said = sum(2 / row["perf/iters_per_sec"] for row in rows[:3])
-    assert said > 0.9 * (seconds[6] - seconds[0])
+    first_six_steps = sum(2 / row["perf/iters_per_sec"] for row in rows[:3])
+    assert first_six_steps > seconds[5] - seconds[0]
     for row in rows:
         assert row["perf/images_per_sec"] == pytest.approx(8 * row["perf/iters_per_sec"])
 

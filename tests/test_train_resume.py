@@ -3,8 +3,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,6 @@ from shards.errors import UserError
 from train.checkpoint import checkpoints_of
 from train.config import TrainConfig
 from train.main import main
-from train.metrics import read_metrics
 from train.trainer import Trainer
 
 MakeDataset = Callable[..., Dataset]
@@ -239,7 +238,7 @@ def command(folder: Path, data: Path, **changes: Any) -> list[str]:
         "unet": write_unet(folder / "unet.json"),
         "data": data,
         "output_dir": folder / "run",
-        "max_steps": 60,
+        "max_steps": 72,
         "global_batch_size": 8,
         "ema_decay": 0.5,
         "ema_start_step": 20,
@@ -250,39 +249,47 @@ def command(folder: Path, data: Path, **changes: Any) -> list[str]:
     return ["tiny", *flags(**(settings | changes))]
 
 
-def stop_after(
-    argv: list[str], rows: int, number: signal.Signals, launcher: tuple[object, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Run the command and send it a signal a moment after its metrics have so many rows."""
+def stop_by(
+    number: signal.Signals, argv: list[str], launcher: tuple[object, ...] = ()
+) -> tuple[int, str, str]:
+    """Run the command and send it a signal a moment after its second log line.
+
+    Returns:
+        exit status, output and errors, once the last process that can write them has ended.
+    """
     process = start(*launcher, "train/main.py", *argv)
-    log = Path(argv[argv.index("--output-dir") + 1]) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and len(read_metrics(log)) < rows:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    delay = random.uniform(0, 0.3)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, delay = "", random.uniform(0, 0.1)
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    while out.count("\nstep ") < 2 and (line := process.stdout.readline()):
+        out += line
     time.sleep(delay)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)  # until the last process that can write has ended
-    print(f"{number.name} after {rows} rows and {delay:.3f} s")
-    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+    out += process.stdout.read()
+    err = process.stderr.read()
+    process.wait()
+    watchdog.cancel()
+    print(f"{number.name} {delay:.3f} s after:\n{out}")
+    return process.returncode, out, err
 
 
 def test_the_command_survives_kill_9_and_sigterm_to_the_bit(tmp_path, dataset):
     """Killed, stopped, stopped again by way of its launcher, and ended: as if never interrupted."""
     argv = command(tmp_path, dataset)
-    killed = stop_after(argv, 2, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
-    stopped = stop_after(argv, 5, signal.SIGTERM)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "the same command continues" in stopped.stdout
+    status, _, err = stop_by(signal.SIGKILL, argv)
+    assert status == -signal.SIGKILL, err
+    status, out, err = stop_by(signal.SIGTERM, argv)
+    assert status == 0, err
+    assert "the same command continues" in out
     accelerate = Path(sys.executable).with_name("accelerate")
-    stopped = stop_after(argv, 8, signal.SIGTERM, launcher=(accelerate, "launch"))
-    assert "the same command continues" in stopped.stdout, stopped.stderr
+    _, out, err = stop_by(signal.SIGTERM, argv, launcher=(accelerate, "launch"))
+    assert "the same command continues" in out, err
     main(argv)
     unbroken = command(tmp_path / "unbroken", dataset)
     main(unbroken)
-    assert len(metrics_of(tmp_path / "run")) == 15
+    assert len(metrics_of(tmp_path / "run")) == 18
     assert_same_runs(tmp_path / "run", tmp_path / "unbroken" / "run")
 
 
@@ -341,3 +348,14 @@ def test_the_remedy_for_a_damaged_checkpoint_works(tmp_path, dataset, capsys):
     main(argv)
     assert_same_bits(tensors_of(newest), whole)
     assert metrics_of(tmp_path / "run") == metrics
+
+
+def test_a_dataset_may_move_in_mid_run(tmp_path, dataset):
+    stay, move = command(tmp_path / "stay", dataset), command(tmp_path / "move", dataset)
+    main([*stay, "--max-steps", "6", "--lr-schedule", "constant"])
+    main([*move, "--max-steps", "4", "--lr-schedule", "constant"])
+    moved = shutil.copytree(dataset, tmp_path / "elsewhere")
+    main([*move, "--max-steps", "6", "--lr-schedule", "constant", "--data", str(moved)])
+    ours, theirs = (newest_checkpoint(tmp_path / name / "run") for name in ("move", "stay"))
+    assert ours.name == theirs.name == "000006"
+    assert_same_bits(tensors_of(ours), tensors_of(theirs))

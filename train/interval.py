@@ -19,11 +19,8 @@ Row = dict[str, float]
 class Interval:
     """Steps, waiting time and sums of loss and gradient norm since it was opened.
 
-    Attributes:
-        first_step: updates done when it was opened.
-
     Args:
-        first_step: see above.
+        first_step: updates done when it was opened; kept.
         device: where losses are.
     """
 
