@@ -117,6 +117,14 @@ def _run_for_gradients(trainer: Trainer) -> list[list[torch.Tensor]]:
     return gradients
 
 
+def test_the_launchers_environment_does_not_scale_the_gradients(tmp_path, monkeypatch):
+    plain = run_on_memory(small_config(tmp_path / "plain", max_steps=1))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told = run_on_memory(small_config(tmp_path / "told", max_steps=1))
+    first, second = (read_metrics(t.run_dir / "metrics.jsonl")[0] for t in (plain, told))
+    assert first["train/grad_norm"] == second["train/grad_norm"]
+
+
 def test_dropped_captions_become_the_sources_null_states(tmp_path):
     """With every caption dropped, captions mean nothing and the null states everything."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from shards.batch import BatchSource, LatentBatch
@@ -47,7 +48,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if has_bf16 else "no"
-    return Accelerator(mixed_precision=precision)
+    # Micro-batches are weighed here; a setting of the launcher must not divide the loss once more.
+    undivided = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=undivided)
 
 
 def train(
