@@ -43,11 +43,11 @@ class BenchConfig:
     """Training preset; its U-Net, batch and optimizer are what is timed."""
     global_batch_size: int = 0
     """Samples per step; 0 keeps the preset's."""
-    blocks: int = 6
+    blocks: int = 5
     """Timed blocks for each arm."""
-    steps: int = 12
+    steps: int = 10
     """Timed steps in a block."""
-    warmup: int = 6
+    warmup: int = 5
     """Steps before each block that are not timed; more than the sources prefetch."""
     out: str = ""
     """Also write the result to this file."""

@@ -27,7 +27,7 @@ MIN_BORDER_FRAC = 0.5  # share of the border that must agree on the background
 MIN_AREA_FRAC = 0.012  # the smallest object covers 0.034
 MIN_AREA_OF_LARGEST = 0.1
 MIN_OVERLAP = 0.6
-SIZE_THRESHOLD = (WIDTHS["small"][1] + WIDTHS["large"][0]) / 2
+SIZE_THRESHOLD = {n: (w["small"][1] + w["large"][0]) / 2 for n, w in WIDTHS.items()}
 AREA_OF_UNIT_WIDTH = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
 CENTROID_BELOW_CENTRE = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6}  # in widths
 CHANCE_SHUFFLES = 16
@@ -105,7 +105,9 @@ def read_scene(pixels: np.ndarray) -> Reading:
     ground = np.median(picture[_border() & (labels == background)], axis=0)
     distance = np.linalg.norm(picture - ground, axis=-1)
     foreground = (labels != background) & (distance > MIN_FOREGROUND_DISTANCE)
-    objects = [_read_object(picture, patch, ground) for patch in _patches(foreground)]
+    patches = _patches(foreground)
+    threshold = SIZE_THRESHOLD[min(max(len(patches), 1), max(SIZE_THRESHOLD))]
+    objects = [_read_object(picture, patch, ground, threshold) for patch in patches]
     relation = None
     if len(objects) == 2:
         relation = _relation(objects[0], objects[1])
@@ -186,7 +188,9 @@ def _erode(mask: np.ndarray) -> np.ndarray:
     return ~_dilate(~mask)
 
 
-def _read_object(picture: np.ndarray, patch: np.ndarray, ground: np.ndarray) -> ReadObject:
+def _read_object(
+    picture: np.ndarray, patch: np.ndarray, ground: np.ndarray, size_threshold: float
+) -> ReadObject:
     interior = patch
     for _ in range(2):
         interior = _erode(interior) if _erode(interior).sum() >= 12 else interior
@@ -200,7 +204,7 @@ def _read_object(picture: np.ndarray, patch: np.ndarray, ground: np.ndarray) -> 
     width = np.sqrt(area / AREA_OF_UNIT_WIDTH[shape])
     distance = np.linalg.norm(colour - _PALETTE, axis=-1)
     return ReadObject(
-        size="large" if width > SIZE_THRESHOLD else "small",
+        size="large" if width > size_threshold else "small",
         colour=_NAMES[distance.argmin()] if distance.min() <= MAX_COLOUR_DISTANCE else None,
         shape=shape if overlap >= MIN_OVERLAP else None,
         x=x,

@@ -8,6 +8,7 @@ accelerate launch --multi_gpu train/main.py sd2-base-256 --micro-batch-size 64
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -129,7 +130,8 @@ def fitting_preset(argv: list[str]) -> str:
             check_fits(load_unet_config(config.unet), image, text)
         except DatasetError:
             continue
-        print(f"preset {name} fits {dataset.path} ({config.resolution} px, {text.model})")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"preset {name} fits {dataset.path} ({config.resolution} px, {text.model})")
         return name
     raise DatasetError(
         dataset.path,

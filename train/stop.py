@@ -42,6 +42,7 @@ def follow_launcher() -> None:
     if not sys.platform.startswith("linux"):
         return
     command_line = Path(f"/proc/{os.getppid()}/cmdline")
-    if command_line.exists() and b"accelerate\0launch" in command_line.read_bytes():
+    words = command_line.read_bytes() if command_line.exists() else b""
+    if b"accelerate" in words and b"launch" in words:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

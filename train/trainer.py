@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class Trainer:
         self._model = accelerator.prepare(self.unet)
         self._source: Iterator[LatentBatch] | None = None
         if accelerator.is_main_process:
-            write_text_whole(self.run_dir / "config.json", canonical_json(self._identity()))
+            record = {"settings": asdict(config), "attention": self.attention, **self._identity()}
+            write_text_whole(self.run_dir / "config.json", canonical_json(record))
             self._metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
 
     # The loop ------------------------------------------------------------------------------------
@@ -327,6 +329,7 @@ class Trainer:
         config = self.config.defining_fields()
         unet = load_unet_config(config.pop("unet"))  # what it says, not where it is
         config |= {f"unet.{name}": value for name, value in unet.items()}
+        config["mixed_precision"] = self.accelerator.mixed_precision  # what `auto` came to
         return {"config": config, "batches": self.batches.identity}
 
     def _parameter_names(self) -> list[str]:
