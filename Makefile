@@ -42,7 +42,7 @@ precompute: $(READY)  ## stage 1: SHARDS="...{00000..00099}.tar" [OUT=data/laten
 	  $(if $(MODEL),--model '$(MODEL)') $(if $(RESOLUTIONS),--resolutions '$(RESOLUTIONS)') $(ARGS)
 
 train: $(READY)  ## stage 2: train on data/latents with the preset that fits it (ARGS="tiny --max-steps 300")
-	@$(VENV)/bin/accelerate launch train/main.py $(ARGS)
+	@$(VENV)/bin/accelerate launch --quiet train/main.py $(ARGS)
 
 bench: $(READY)  ## online against offline training, side by side (last line: JSON)
 	@$(PY) -m benchmarks $(ARGS)
