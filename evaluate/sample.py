@@ -62,11 +62,9 @@ def captions_of(dataset: Dataset, num_captions: int) -> list[str]:
     return everything[::stride][:num_captions]
 
 
-def write_samples(
-    run: str | Path, model: str, prompts: Sequence[str], *, seed: int = 0, out: str | Path = ""
-) -> Path:
+def write_samples(run: str | Path, model: str, prompts: Sequence[str], *, seed: int = 0) -> Path:
     """Sample a run and write `<run>/samples.png`; returns its path."""
-    path = Path(out) if out else Path(run) / "samples.png"
+    path = Path(run) / "samples.png"
     images = generate(load_pipeline(run, model), prompts, seed=seed)
     write_grid(path, images, prompts)
     return path

@@ -1,7 +1,7 @@
 """The whole path on scenes it draws itself: from nothing to a grid of images, in minutes.
 
     make demo                 # about 4 minutes of training
-    make demo MINUTES=20      # sharper shapes
+    make demo MINUTES=20      # a longer training, with a larger batch
 
 Every stage is a command that works just so on real data; each is printed before it runs. The same
 command again continues where it was interrupted.

@@ -15,7 +15,7 @@ class LatentBatch:
 
     Args:
         step: the step that the batch belongs to.
-        samples: [B] int64, each sample's number in the dataset; -1 never occurs.
+        samples: [B] int64, each sample's number in the dataset.
         moments: [B, 2C, h, w] float16, mean and log-variance, **unscaled**.
         states: [B, T, D] float16 or float32, the caption's `encoder_hidden_states`.
 

@@ -1,9 +1,12 @@
 """Checkpoints: diffusers folders plus the optimizer, without pickle, whole or not at all.
 
-<run>/checkpoints/000300/unet/            loads with UNet2DConditionModel.from_pretrained
-unet_ema/        the same, averaged weights (where there are any)
-optimizer.safetensors
-state.json       step, configuration, identity of the batches, sums since the last log
+In `<run>/checkpoints/000300/`:
+
+- `unet/` loads with `UNet2DConditionModel.from_pretrained`
+- `unet_ema/` the same, averaged weights (where there are any)
+- `scheduler/` the noise schedule of training
+- `optimizer.safetensors`
+- `state.json` step, configuration, identity of the batches, sums since the last log
 """
 
 from __future__ import annotations
