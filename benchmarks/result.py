@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from shards.storage import canonical_json, write_text_whole
+from shards.canonical import canonical_json
+from shards.storage import write_text_whole
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -16,9 +16,10 @@ from evaluate.pipeline import load_pipeline
 from evaluate.sample import generate
 from examples.grammar import parse_caption
 from examples.scene_reader import score
+from shards.canonical import canonical_json
 from shards.errors import UserError
 from shards.image_shards import ShardStream, find_shards
-from shards.storage import canonical_json, write_text_whole
+from shards.storage import write_text_whole
 
 
 def held_out_captions(folder: str, num_captions: int) -> list[str]:

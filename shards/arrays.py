@@ -8,40 +8,48 @@ gigabytes. Format: https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from shards.errors import CorruptFileError
-from shards.storage import write_whole
+from shards.storage import Location, local_copy
 
 Arrays = dict[str, np.ndarray]
 
-_DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8", "U16": "<u2", "I8": "|i1"}
+_DTYPES = {
+    **{"F16": "<f2", "F32": "<f4", "I8": "|i1", "U16": "<u2"},
+    **{"I32": "<i4", "I64": "<i8", "U64": "<u8"},
+}
 _MAX_HEADER_BYTES = 100_000_000
-_REMEDY = "delete the file and its receipt (the .json beside it) and run the same precompute again"
 
 
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write arrays as one safetensors file that appears whole or not at all."""
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays as one local safetensors file; `shards.receipt.commit` makes it count."""
     from safetensors.numpy import save_file
 
-    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    write_whole(path, lambda temporary: save_file(contiguous, temporary))
+    save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path)
 
 
-def map_arrays(path: Path) -> Arrays:
+def map_arrays(path: Path, where: Location | None = None) -> Arrays:
     """Memory-map the arrays of a safetensors file, read-only and without copying.
+
+    Args:
+        path: a local file.
+        where: what to call it in an error, where `path` is a copy.
 
     Raises:
         CorruptFileError: the file is missing, cut short, or not a safetensors file.
     """
+    where = path if where is None else where
+    corrupt = partial(CorruptFileError, where, remedy=repair_remedy(where))
     try:
         num_bytes = path.stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, num_bytes - 8):
-                raise CorruptFileError(path, "no safetensors header", remedy=_REMEDY)
+                raise corrupt("no safetensors header")
             header = json.loads(file.read(header_bytes))
         return {
             name: _map_one(path, entry, 8 + header_bytes, num_bytes)
@@ -49,9 +57,9 @@ def map_arrays(path: Path) -> Arrays:
             if name != "__metadata__"
         }
     except FileNotFoundError:
-        raise CorruptFileError(path, "is missing", remedy=_REMEDY) from None
+        raise corrupt("is missing") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CorruptFileError(path, f"broken header ({error})", remedy=_REMEDY) from None
+        raise corrupt(f"broken header ({error})") from None
 
 
 def _map_one(path: Path, entry: dict, data_start: int, num_bytes: int) -> np.ndarray:
@@ -59,9 +67,25 @@ def _map_one(path: Path, entry: dict, data_start: int, num_bytes: int) -> np.nda
     dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
     wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if begin < 0 or end - begin != wanted or data_start + end > num_bytes:
-        raise CorruptFileError(
-            path, f"{num_bytes} bytes", wanted=f"at least {data_start + end}", remedy=_REMEDY
-        )
+        raise ValueError(f"{num_bytes} bytes, wanted at least {data_start + end}")
     if wanted == 0:  # an empty file region cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=data_start + begin, shape=shape)
+
+
+def read_arrays(where: Location) -> Arrays:
+    """The arrays of a small file, in memory, wherever it lies.
+
+    Raises:
+        CorruptFileError: see `map_arrays`.
+    """
+    try:
+        with local_copy(where) as path:
+            return {name: np.array(array) for name, array in map_arrays(path, where).items()}
+    except FileNotFoundError:
+        raise CorruptFileError(where, "is missing", remedy=repair_remedy(where)) from None
+
+
+def repair_remedy(where: Location) -> str:
+    """What to do about a bad file of a dataset: `<dataset>/<folder>/<file>`."""
+    return f"python -m shards repair {where.parent.parent}, then the same precompute again"

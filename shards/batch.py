@@ -16,17 +16,21 @@ class LatentBatch:
     Args:
         step: the step that the batch belongs to.
         samples: [B] int64, each sample's number in the dataset.
-        moments: [B, 2C, h, w] float16, mean and log-variance, **unscaled**.
-        states: [B, T, D] float16 or float32, the caption's `encoder_hidden_states`.
+        moments: [B, 2C, h, w], mean and log-variance, or [B, C, h, w], the mean alone;
+            **unscaled**.
+        states: [B, T, D], the caption's `encoder_hidden_states`; None where the dataset has token
+            ids alone.
+        input_ids: [B, T] uint16, only where the dataset has token ids alone.
 
-    The last two are numpy arrays from the reader of latent shards, and torch tensors that already
-    are on the device from the online encoder; `torch.as_tensor` takes both.
+    Moments and states are float16 arrays or `Quantized` from the reader of latent shards, and
+    torch tensors that already are on the device from an encoder that runs along.
     """
 
     step: int
     samples: np.ndarray
     moments: Any
     states: Any
+    input_ids: np.ndarray | None = None
 
 
 class BatchSource(Protocol):
@@ -35,14 +39,17 @@ class BatchSource(Protocol):
     Attributes:
         latent_shape: [C, h, w] of one sample.
         scaling_factor: of the VAE.
-        null_states: [T, D], the states of the empty caption.
         identity: what the sequence of samples depends on; a resumed run must find the same.
     """
 
     latent_shape: tuple[int, int, int]
     scaling_factor: float
-    null_states: np.ndarray
     identity: str
+
+    @property
+    def null_states(self) -> np.ndarray:
+        """[T, D], the states of the empty caption."""
+        ...
 
     def epoch_at(self, step: int) -> float:
         """Epochs completed when `step` steps are done."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from shards.canonical import canonical_json
 from shards.errors import DatasetError
-from shards.storage import canonical_json
 
 FORMAT_VERSION = 1
 
 Json = dict[str, Any]
+RowArrays = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class ColumnSpec(ABC):
         weights_sha256: over the encoder's weight files.
         encoder_config: the encoder's own configuration, without notes on who saved it.
         compute_dtype: the precision that the encoder ran in.
-        storage_dtype: the precision of the stored numbers.
+        storage_dtype: how numbers are stored: `float16`, `int8`, or `none` for token ids alone.
+        quantization: how integers came about; empty unless the storage is `int8`.
     """
 
     kind: ClassVar[str]
@@ -36,11 +38,17 @@ class ColumnSpec(ABC):
     encoder_config: Json
     compute_dtype: str
     storage_dtype: str
+    quantization: Json = field(default_factory=dict)
 
     @property
     @abstractmethod
     def name(self) -> str:
         """The human half of the column's id."""
+
+    @property
+    @abstractmethod
+    def row_arrays(self) -> RowArrays:
+        """The arrays that hold a row's numbers: dtype and shape of one row, by name."""
 
     def to_json(self) -> Json:
         """The spec as it stands in receipts and in dataset.json."""
@@ -55,17 +63,20 @@ class ColumnSpec(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageColumn(ColumnSpec):
-    """VAE moments of every sample that is large enough, at one resolution.
+    """What the VAE makes of every sample that is large enough, at one resolution.
 
     Args:
+        latents: `moments` (mean and log-variance) or `mean`, which halves the bytes and gives up
+            the posterior's noise.
         resolution: side of the encoded square, in pixels.
-        latent_channels: C; the moments have 2C channels.
+        latent_channels: C; moments have 2C channels.
         latent_size: side of the latents, h = w.
         scaling_factor: brings sampled latents to unit scale; **not** applied to the moments.
         transform: how pixels came about (resize, interpolation, crop, range).
     """
 
     kind: ClassVar[str] = "image"
+    latents: str = "moments"
     resolution: int
     latent_channels: int
     latent_size: int
@@ -74,18 +85,30 @@ class ImageColumn(ColumnSpec):
 
     @property
     def name(self) -> str:
-        """`moments-256`."""
-        return f"moments-{self.resolution}"
+        """`moments-256`, `mean-512-int8`."""
+        suffix = "-int8" if self.storage_dtype == "int8" else ""
+        return f"{self.latents}-{self.resolution}{suffix}"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """[C, h, w] of one sample's latents."""
         return (self.latent_channels, self.latent_size, self.latent_size)
 
+    @property
+    def row_arrays(self) -> RowArrays:
+        """`moments` or `mean` [C', h, w]; int8: also `scale` [C']. C' is 2C for moments."""
+        channels = self.latent_channels * (2 if self.latents == "moments" else 1)
+        arrays: RowArrays = {
+            self.latents: (self.storage_dtype, (channels, self.latent_size, self.latent_size))
+        }
+        if self.storage_dtype == "int8":
+            arrays["scale"] = ("float32", (channels,))
+        return arrays
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextColumn(ColumnSpec):
-    """Token ids and text encoder states of every caption.
+    """Token ids and, unless the storage is `none`, text encoder states of every caption.
 
     Args:
         num_tokens: T, the padded length (77 for CLIP).
@@ -100,8 +123,23 @@ class TextColumn(ColumnSpec):
 
     @property
     def name(self) -> str:
-        """`text`."""
-        return "text"
+        """`text`, `text-int8`, `text-ids`."""
+        return {"float16": "text", "int8": "text-int8", "none": "text-ids"}[self.storage_dtype]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the encoder's states are stored, not token ids alone."""
+        return self.storage_dtype != "none"
+
+    @property
+    def row_arrays(self) -> RowArrays:
+        """`states` [T, D]; int8: also `scale` [T]. Token ids alone: `input_ids` [T]."""
+        if not self.has_states:
+            return {"input_ids": ("uint16", (self.num_tokens,))}
+        arrays: RowArrays = {"states": (self.storage_dtype, (self.num_tokens, self.dim))}
+        if self.storage_dtype == "int8":
+            arrays["scale"] = ("float32", (self.num_tokens,))
+        return arrays
 
 
 def column_from_json(document: Json, where: object) -> ColumnSpec:

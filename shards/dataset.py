@@ -5,8 +5,7 @@
               moments-256-1a2b3c4d/00000.safetensors + .json
               text-5e6f7a8b/00000.safetensors + .json, null.safetensors + .json
 
-`moments` [N, 2C, h, w] float16 and `row` [N] int32 into the ledger; `input_ids` [U, T] uint16,
-`states` [U, T, D] float16 and `caption` [rows of the ledger] int32 into U, -1 where dropped.
+docs/format.md has every file to the byte. The dataset may be local or behind any fsspec URL.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import numpy as np
-
-from shards.arrays import Arrays, map_arrays
+from shards.arrays import Arrays, map_arrays, read_arrays, repair_remedy
+from shards.cache import ShardCache
+from shards.canonical import canonical_json
 from shards.column import (
     FORMAT_VERSION,
     ColumnSpec,
@@ -31,12 +30,23 @@ from shards.column import (
     column_from_json,
 )
 from shards.errors import CorruptFileError, DatasetError
-from shards.receipt import Receipt, read_receipt, receipt_path
-from shards.storage import canonical_json, write_text_whole
+from shards.receipt import (
+    NULL,
+    Receipt,
+    iter_receipt_files,
+    parse_receipt,
+)
+from shards.storage import (
+    Location,
+    list_folders,
+    location,
+    read_bytes,
+    size_of,
+    write_text_whole,
+)
 
 MANIFEST = "dataset.json"
 LEDGER = "ledger"
-NULL = "null"
 
 # Scaled latents have deviation near 1. Wrongly normalised pixels, or latents that were scaled
 # twice, fall far outside; unusual pictures (icons, line art) stay inside.
@@ -45,54 +55,57 @@ LATENT_STD_RANGE = (0.5, 2.0)
 Spec = TypeVar("Spec", bound=ColumnSpec)
 
 
-def ledger_path(dataset: Path, shard: str) -> Path:
+def ledger_path(dataset: Location, shard: str) -> Location:
     """The ledger of one source shard."""
     return dataset / LEDGER / f"{shard}.parquet"
 
 
-def column_path(dataset: Path, column_id: str, shard: str) -> Path:
+def column_path(dataset: Location, column_id: str, shard: str) -> Location:
     """The data file of one source shard in one column."""
     return dataset / column_id / f"{shard}.safetensors"
 
 
-def read_receipt_in_place(path: Path) -> Receipt:
-    """`read_receipt`, of a receipt that lies where it belongs: in its column, under its name.
+def parse_receipt_in_place(path: Location, data: bytes) -> Receipt:
+    """`parse_receipt`, of a receipt that lies where it belongs: in its column, under its name.
 
     Raises:
-        DatasetError: it does not; or see `read_receipt`.
+        DatasetError: it does not; or see `parse_receipt`.
     """
-    receipt = read_receipt(path)
+    receipt = parse_receipt(path, data)
     folder = LEDGER
     if receipt.column is not None:
         folder = column_from_json(receipt.column, path).column_id
     if (folder, receipt.shard) != (path.parent.name, path.stem):
         raise CorruptFileError(
-            path,
-            f"is the receipt of {folder}/{receipt.shard}",
-            remedy="put it back with its data file, or delete both",
+            path, f"is the receipt of {folder}/{receipt.shard}", remedy=repair_remedy(path)
         )
     return receipt
 
 
-def iter_receipts(folder: Path) -> Iterable[Receipt]:
+def iter_receipts(folder: Location) -> Iterator[Receipt]:
     """The receipts of a column or of the ledger, in the order of shard names, without `null`."""
-    for path in sorted(folder.glob("*.json")):
+    for path, data in iter_receipt_files(folder):
         if path.stem != NULL:
-            yield read_receipt_in_place(path)
+            yield parse_receipt_in_place(path, data)
 
 
-def build_manifest(dataset: Path) -> Json:
+def build_manifest(dataset: Location) -> Json:
     """Derive dataset.json from the receipts alone; anyone can, at any time."""
     ledger = {r.shard: _shard_entry(r) for r in iter_receipts(dataset / LEDGER)}
     columns = {}
-    for folder in sorted(p for p in dataset.iterdir() if p.is_dir() and p.name != LEDGER):
-        if receipts := list(iter_receipts(folder)):
-            columns[folder.name] = _column_entry(receipts)
+    for name in list_folders(dataset):
+        if name != LEDGER and (receipts := list(iter_receipts(dataset / name))):
+            columns[name] = _column_entry(receipts)
     return {"format_version": FORMAT_VERSION, "ledger": ledger, "columns": columns}
 
 
 def _shard_entry(receipt: Receipt) -> Json:
-    return {"rows": receipt.rows, "rows_in": receipt.rows_in, "bytes": receipt.data_bytes}
+    return {
+        "rows": receipt.rows,
+        "rows_in": receipt.rows_in,
+        "bytes": receipt.data_bytes,
+        "sha256": receipt.data_sha256,
+    }
 
 
 def _column_entry(receipts: list[Receipt]) -> Json:
@@ -109,26 +122,38 @@ def _column_entry(receipts: list[Receipt]) -> Json:
 
 
 def _pooled_stats(receipts: list[Receipt]) -> Json:
-    """Mean and deviation over all shards from those of each."""
-    measured = [(r.rows, r.stats) for r in receipts if r.rows and "latent_std" in r.stats]
-    if not measured:
-        return {}
-    total = sum(rows for rows, _ in measured)
-    mean = sum(rows * stats["latent_mean"] for rows, stats in measured) / total
-    square = sum(
-        rows * (stats["latent_std"] ** 2 + stats["latent_mean"] ** 2) for rows, stats in measured
-    )
-    return {
-        "latent_mean": round(mean, 6),
-        "latent_std": round(math.sqrt(max(square / total - mean**2, 0.0)), 6),
-    }
+    """Statistics over all shards from those of each."""
+    pooled: Json = {}
+    if captions := [r.stats["captions"] for r in receipts if "captions" in r.stats]:
+        pooled["captions"] = sum(captions)
+    latents = [(r.rows, r.stats) for r in receipts if r.rows and "latent_std" in r.stats]
+    if latents:
+        mean = _mean([(rows, stats["latent_mean"]) for rows, stats in latents])
+        square = _mean(
+            [
+                (rows, stats["latent_std"] ** 2 + stats["latent_mean"] ** 2)
+                for rows, stats in latents
+            ]
+        )
+        pooled["latent_mean"] = round(mean, 6)
+        pooled["latent_std"] = round(math.sqrt(max(square - mean**2, 0.0)), 6)
+    errors = [
+        (r.rows, r.stats["relative_error"] ** 2) for r in receipts if r.stats.get("relative_error")
+    ]
+    if errors:
+        pooled["relative_error"] = round(math.sqrt(_mean(errors)), 6)
+    return pooled
 
 
-def write_manifest(dataset: Path) -> Json:
+def _mean(weighted: list[tuple[int, float]]) -> float:
+    return sum(rows * value for rows, value in weighted) / sum(rows for rows, _ in weighted)
+
+
+def write_manifest(dataset: Location) -> Json:
     """Bring dataset.json up to its receipts; leaves the file alone when it already is."""
     manifest = build_manifest(dataset)
     text, path = canonical_json(manifest), dataset / MANIFEST
-    if not path.exists() or path.read_bytes() != text.encode():
+    if size_of(path) is None or read_bytes(path) != text.encode():
         write_text_whole(path, text)
     return manifest
 
@@ -137,13 +162,14 @@ def write_manifest(dataset: Path) -> Json:
 class Column(Generic[Spec]):
     """One column of an open dataset: its spec and its index of shards."""
 
-    dataset: Path
+    dataset: Location
     column_id: str
     spec: Spec
     model: str
     shards: dict[str, Json]
     absent: dict[str, int]
     stats: Json
+    cache: ShardCache
 
     @property
     def num_rows(self) -> int:
@@ -155,36 +181,54 @@ class Column(Generic[Spec]):
         """Bytes of the data files."""
         return sum(entry["bytes"] for entry in self.shards.values())
 
-    def map_shard(self, shard: str) -> Arrays:
-        """Memory-map one shard and check that it is as long as the index says.
+    def path_of(self, shard: str) -> Location:
+        """The data file of a shard."""
+        return column_path(self.dataset, self.column_id, shard)
+
+    def fetch_shard(self, shard: str) -> Path:
+        """The data file of a shard on a local disk: itself, or its copy in the cache.
 
         Raises:
-            CorruptFileError: the file is missing or of another length.
+            CorruptFileError: it is missing or of another length; where it is remote, also of
+                another hash.
+            StorageError: it cannot be fetched.
         """
-        path = column_path(self.dataset, self.column_id, shard)
-        wanted = self.shards[shard]["bytes"]
-        if path.exists() and path.stat().st_size != wanted:
+        path, entry = self.path_of(shard), self.shards[shard]
+        if not isinstance(path, Path):
+            return self.cache.fetch(path, entry["bytes"], entry["sha256"])
+        if path.exists() and path.stat().st_size != entry["bytes"]:
             raise CorruptFileError(
                 path,
                 f"{path.stat().st_size} bytes",
-                wanted=f"{wanted}, as its receipt says",
-                remedy="delete it and its receipt and run the same precompute again",
+                wanted=f"{entry['bytes']}, as its receipt says",
+                remedy=repair_remedy(path),
             )
-        return map_arrays(path)
+        return path
+
+    def map_shard(self, shard: str) -> Arrays:
+        """Memory-map one shard; see `fetch_shard`."""
+        local = self.fetch_shard(shard)
+        where = self.path_of(shard)
+        if local != where and not local.exists():  # another process has just made room
+            local = self.fetch_shard(shard)
+        return map_arrays(local, where)
 
 
 class Dataset:
     """An open latent dataset.
 
     Args:
-        path: its folder.
+        path: its folder, or a URL.
+        cache: for the shards of a remote dataset; default: one in the user's cache folder.
 
     Raises:
         DatasetError: no dataset there, or of another format version.
+        StorageError: it cannot be reached.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Location | str, cache: ShardCache | None = None) -> None:
+        self.path = location(path)
+        cache = cache or ShardCache()
         manifest = self._read_manifest()
         try:
             self.ledger: dict[str, Json] = manifest["ledger"]
@@ -197,6 +241,7 @@ class Dataset:
                     entry["shards"],
                     entry["absent"],
                     entry["stats"],
+                    cache,
                 )
                 for column_id, entry in manifest["columns"].items()
             }
@@ -213,9 +258,9 @@ class Dataset:
     def _read_manifest(self) -> Json:
         path = self.path / MANIFEST
         try:
-            manifest: Json = json.loads(path.read_text(encoding="utf-8"))
+            manifest: Json = json.loads(read_bytes(path))
             version = manifest["format_version"]
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DatasetError(
                 self.path,
                 "no latent dataset (no dataset.json)",
@@ -237,9 +282,23 @@ class Dataset:
         found = [c for c in self._of_kind(ImageColumn) if c.spec.resolution == resolution]
         return self._only(found, f"image column at {resolution} px", column_id, "--image-column")
 
-    def text_column(self, column_id: str = "") -> Column[TextColumn]:
-        """The text column; by id where there are several."""
-        return self._only(self._of_kind(TextColumn), "text column", column_id, "--text-column")
+    def text_column(self, column_id: str = "", holding: str = "auto") -> Column[TextColumn]:
+        """The text column; by id where there are several.
+
+        Args:
+            column_id: empty where there is one.
+            holding: `states`, `ids` (token ids alone), or `auto`: states where there are any.
+        """
+        columns = self._of_kind(TextColumn)
+        with_states = [column for column in columns if column.spec.has_states]
+        if column_id:
+            found = columns
+        elif holding == "ids":
+            found = [column for column in columns if not column.spec.has_states]
+        else:
+            found = with_states or (columns if holding == "auto" else [])
+        what = "text column" if holding == "auto" else f"text column of {holding}"
+        return self._only(found, what, column_id, "--text-column")
 
     def resolutions(self) -> list[int]:
         """Resolutions that there are image columns for, ascending."""
@@ -263,12 +322,31 @@ class Dataset:
             self.path,
             f"columns {', '.join(self.columns) or 'none'}",
             wanted=f"an {what}" if what[0] in "aeiou" else f"a {what}",
-            remedy="precompute with the RESOLUTIONS and MODEL that the preset needs",
+            remedy="precompute with the RESOLUTIONS and MODEL that the preset needs (and --text, "
+            "--latents)",
         )
 
-    def null_states(self, text: Column[TextColumn]) -> np.ndarray:
-        """States of the empty caption, [T, D]."""
-        return map_arrays(column_path(self.path, text.column_id, NULL))["states"]
+    def read_null(self, text: Column[TextColumn]) -> Arrays:
+        """What a text column stores of the empty caption.
+
+        Returns:
+            `input_ids` [T]; with states also `states` [T, D] float16; with int8 states also
+            `channel_scale` [D] float32.
+
+        Raises:
+            CorruptFileError: it is missing, or not that.
+        """
+        spec, path = text.spec, text.path_of(NULL)
+        null = read_arrays(path)
+        wanted: dict[str, tuple[int, ...]] = {"input_ids": (spec.num_tokens,)}
+        if spec.has_states:
+            wanted["states"] = (spec.num_tokens, spec.dim)
+        if spec.storage_dtype == "int8":
+            wanted["channel_scale"] = (spec.dim,)
+        found = {name: array.shape for name, array in null.items()}
+        if found != wanted:
+            raise CorruptFileError(path, f"{found}", wanted=f"{wanted}", remedy=repair_remedy(path))
+        return null
 
     def check_trainable(self, image: Column[ImageColumn], text: Column[TextColumn]) -> None:
         """What stage 2 refuses before it starts.
@@ -312,14 +390,3 @@ class Dataset:
                 wanted=f"near 1 ({low} to {high})",
                 remedy="check the VAE's scaling_factor and that its pixels were in [-1, 1]",
             )
-
-
-def unfinished_files(folder: Path) -> list[Path]:
-    """Data files without a receipt: what a killed process leaves; the next run overwrites them."""
-    known = {".safetensors", ".parquet"}
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if (path.suffix in known and not receipt_path(path).exists())
-        or (path.suffix not in known and path.suffix != ".json")
-    ]

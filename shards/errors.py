@@ -34,6 +34,10 @@ class CorruptFileError(DatasetError):
     """A file of a latent dataset is not what its receipt says."""
 
 
+class StorageError(UserError):
+    """A file could not be reached, read or written: the fault of a disk or network."""
+
+
 class UnreadableShardError(UserError):
     """An image shard could not be read to its end: the fault of a disk or network, not its own."""
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from shards.arrays import repair_remedy
 from shards.column import Json
 from shards.errors import CorruptFileError
-from shards.storage import write_whole
+from shards.storage import Location, local_copy
 
 OK = "ok"
 
@@ -51,8 +52,8 @@ def count_reasons(rows: Sequence[LedgerRow]) -> dict[str, int]:
     return dict(sorted(Counter(row.status for row in rows if row.status != OK).items()))
 
 
-def write_ledger(path: Path, rows: Sequence[LedgerRow]) -> None:
-    """Write the rows as parquet, whole or not at all."""
+def save_ledger(path: Path, rows: Sequence[LedgerRow]) -> None:
+    """Write the rows as one local parquet file; `shards.receipt.commit` makes it count."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -66,7 +67,7 @@ def write_ledger(path: Path, rows: Sequence[LedgerRow]) -> None:
         while free in table:
             free = f"source_{free}"
         table[free] = _metadata_array([row.metadata.get(name) for row in rows])
-    write_whole(path, lambda temporary: pq.write_table(pa.table(table), temporary))
+    pq.write_table(pa.table(table), path)
 
 
 def _metadata_array(values: list[Any]) -> Any:
@@ -85,7 +86,9 @@ def _metadata_array(values: list[Any]) -> Any:
     return pa.array(texts, pa.string())
 
 
-def read_ledger(path: Path, columns: Sequence[str] = ("key", "status", "caption")) -> list[Json]:
+def read_ledger(
+    where: Location, columns: Sequence[str] = ("key", "status", "caption")
+) -> list[Json]:
     """Read some columns of a ledger file, one dict per row.
 
     Raises:
@@ -95,11 +98,10 @@ def read_ledger(path: Path, columns: Sequence[str] = ("key", "status", "caption"
     import pyarrow.parquet as pq
 
     try:
-        rows: list[Json] = pq.read_table(path, columns=list(columns)).to_pylist()
+        with local_copy(where) as path:
+            rows: list[Json] = pq.read_table(path, columns=list(columns)).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise CorruptFileError(
-            path,
-            f"cannot be read ({str(error).splitlines()[0]})",
-            remedy="delete it and its receipt and run the same precompute again",
+            where, f"cannot be read ({str(error).splitlines()[0]})", remedy=repair_remedy(where)
         ) from None
     return rows

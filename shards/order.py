@@ -14,6 +14,7 @@ ones every epoch; none is repeated within an epoch. Batches run on across the en
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -168,6 +169,39 @@ class SampleOrder:
             rows[members] = layout.first_rows[piece] + places - layout.starts[piece]
         return shards, rows
 
+    def shards_ahead(self, step: int, positions: range) -> Iterator[np.ndarray]:
+        """The shards that a rank reads from a step on, one array for each window, without end.
+
+        All of a window's shards are needed at about the same time; the next window's only later.
+
+        Args:
+            step: where to begin.
+            positions: the rank's positions of each global batch.
+        """
+        per_partition = self.global_batch_size // self.num_partitions
+        partitions = range(positions.start // per_partition, -(-positions.stop // per_partition))
+        epoch, offset = divmod(step * per_partition, self.partition_length)
+        window = offset // self.window
+        while True:
+            yield np.unique(np.concatenate([self._shards_of(epoch, p, window) for p in partitions]))
+            window += 1
+            if window * self.window >= self.partition_length:
+                epoch, window = epoch + 1, 0
+
+    def _shards_of(self, epoch: int, partition: int, window: int) -> np.ndarray:
+        """Indices of the shards that one window of one partition draws from."""
+        first, length = self._place_window(partition, window)
+        layout = self._epoch(epoch)
+        pieces = np.searchsorted(layout.starts, [first, first + length - 1], side="right") - 1
+        shards: np.ndarray = layout.shards[pieces[0] : pieces[1] + 1]
+        return shards
+
+    def _place_window(self, partition: int, window: int) -> tuple[int, int]:
+        """Where a window begins on the epoch's line, and how many samples it has."""
+        within = window * self.window
+        length = min(self.window, self.partition_length - within)
+        return partition * self.partition_length + within, length
+
     def _lay_out_epoch(self, epoch: int) -> _Epoch:
         shards, first_rows, lengths = self._pieces
         order = _permutation(len(lengths), self.seed, _EPOCH, epoch)
@@ -176,10 +210,8 @@ class SampleOrder:
 
     def _shuffle_window(self, epoch: int, partition: int, window: int) -> np.ndarray:
         """Places on the epoch's line, shuffled within one window of one partition."""
-        first = window * self.window
-        length = min(self.window, self.partition_length - first)
-        shuffled = _permutation(length, self.seed, _WINDOW, epoch, partition, window)
-        return partition * self.partition_length + first + shuffled
+        first, length = self._place_window(partition, window)
+        return first + _permutation(length, self.seed, _WINDOW, epoch, partition, window)
 
 
 def _cut_into_pieces(lengths: np.ndarray, wanted: int) -> tuple[np.ndarray, ...]:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from shards.arrays import Arrays
+from shards.arrays import repair_remedy
 from shards.batch import LatentBatch
+from shards.buffers import BufferPool
+from shards.canonical import canonical_json
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
-from shards.errors import CorruptFileError
+from shards.errors import CorruptFileError, DatasetError, UserError
+from shards.fetch_ahead import FetchAhead
+from shards.gather import MAX_OPEN_SHARDS, Allocate, RowGatherer, expect_array
 from shards.order import DEFAULT_WINDOW, SampleOrder
 from shards.prefetch import prefetch
-from shards.storage import canonical_json
+from shards.quantize import latents_of, states_of
+from shards.storage import Location, is_remote
 
-# Open maps are bounded: a process may hold about 65,000 of them, a dataset may have more shards.
-_MAX_OPEN_SHARDS = 1024
 _PREFETCH_DEPTH = 4
-
-Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
+_INDEX = np.dtype(np.int32)
 
 
 class LatentReader:
@@ -30,14 +32,15 @@ class LatentReader:
 
     Args:
         dataset: open dataset.
-        image: column of moments; its rows are the samples.
+        image: column of moments or means; its rows are the samples.
         text: column of captions.
         seed: of the order.
         global_batch_size: samples per step over all processes.
         num_partitions: see `shards.order`.
         window: shuffle window in samples.
         allocate: makes a batch's buffers from shape and dtype; pass one that makes pinned memory
-            to let the copy to the device overlap.
+            to let the copy to the device overlap. Default: memory that is used again.
+        processes_sharing_cache: readers on this machine, where the dataset is remote.
     """
 
     def __init__(
@@ -50,13 +53,14 @@ class LatentReader:
         global_batch_size: int,
         num_partitions: int,
         window: int = DEFAULT_WINDOW,
-        allocate: Allocate = np.empty,
+        allocate: Allocate | None = None,
+        processes_sharing_cache: int = 1,
     ) -> None:
         dataset.check_trainable(image, text)
         self.latent_shape = image.spec.latent_shape
         self.scaling_factor = image.spec.scaling_factor
-        self.null_states = np.array(dataset.null_states(text))  # a copy, no longer a map
-        self._image, self._text, self._allocate = image, text, allocate
+        self._null = dataset.read_null(text)
+        self._image, self._text = image, text
         self._shards = sorted(image.shards)
         lengths = np.array([image.shards[shard]["rows"] for shard in self._shards], dtype=np.int64)
         self._first_sample = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -68,7 +72,34 @@ class LatentReader:
             window=window,
         )
         self.identity = self._identity(lengths)
-        self._open_shard = lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._map_shard)
+        self._cache_share = image.cache.max_bytes // processes_sharing_cache
+        max_open = self._num_shards_to_keep_open() if is_remote(dataset.path) else MAX_OPEN_SHARDS
+        allocate = allocate or BufferPool()
+        self.image_rows = RowGatherer(image, self._shards, allocate, max_open)
+        self.text_rows = RowGatherer(text, self._shards, allocate, max_open)
+        self._captions_of = lru_cache(maxsize=max_open)(self._read_captions)
+        self._ahead: FetchAhead | None = None
+
+    @property
+    def null_states(self) -> np.ndarray:
+        """States of the empty caption, [T, D] float16.
+
+        Raises:
+            DatasetError: the dataset has token ids alone.
+        """
+        if "states" not in self._null:
+            raise DatasetError(
+                self._text.dataset / self._text.column_id,
+                "token ids alone, no text encoder states",
+                wanted="states, or a text encoder that runs along",
+                remedy="--text ids",
+            )
+        return self._null["states"]
+
+    @property
+    def null_input_ids(self) -> np.ndarray:
+        """Token ids of the empty caption, [T] uint16."""
+        return self._null["input_ids"]
 
     def _identity(self, lengths: np.ndarray) -> str:
         """Hash of all that the sequence of samples, and what they hold, depends on."""
@@ -93,66 +124,112 @@ class LatentReader:
         return prefetch(self._gather_all(first_step, positions), _PREFETCH_DEPTH)
 
     def _gather_all(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
+        if is_remote(self._image.dataset):
+            self._ahead = self._start_fetching(first_step, positions)
         step = first_step
-        while True:
-            yield self.gather(step, positions)
-            step += 1
+        try:
+            while True:
+                yield self.gather(step, positions)
+                step += 1
+        finally:
+            if self._ahead:
+                self._ahead.stop()
 
     def gather(self, step: int, positions: range) -> LatentBatch:
-        """One batch, copied row by row out of the maps.
+        """One batch.
 
         Raises:
-            CorruptFileError: a shard is missing, cut short, or its columns disagree.
+            CorruptFileError: a shard is missing, cut short, or damaged in a row that is read.
+            StorageError: a remote shard cannot be fetched.
         """
         shards, rows = self.order.locate(step, positions)
-        spec = self._text.spec
-        num_channels, *size = self.latent_shape
-        moments = self._allocate((len(rows), 2 * num_channels, *size), np.float16)
-        states = self._allocate((len(rows), spec.num_tokens, spec.dim), np.float16)
-        for shard in np.unique(shards):
-            members = np.flatnonzero(shards == shard)
-            wanted = rows[members]
-            shard_moments, caption, shard_states = self._open_shard(int(shard))
-            moments[members] = shard_moments[wanted]
-            states[members] = shard_states[caption[wanted]]
-        samples = self.sample_numbers(shards, rows)
-        return LatentBatch(step=step, samples=samples, moments=moments, states=states)
+        if self._ahead:
+            self._ahead.mark_read(set(shards.tolist()))
+        latents = self.image_rows.gather(shards, rows)
+        text = self.text_rows.gather(shards, self._caption_rows(shards, rows))
+        states: Any = None
+        if self._text.spec.storage_dtype == "int8":
+            values, scale = text
+            states = states_of(values, scale, self._null["channel_scale"])
+        elif self._text.spec.has_states:
+            (states,) = text
+        return LatentBatch(
+            step=step,
+            samples=self.sample_numbers(shards, rows),
+            moments=latents[0] if len(latents) == 1 else latents_of(*latents),
+            states=states,
+            input_ids=None if self._text.spec.has_states else text[0],
+        )
 
     def sample_numbers(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Number in the whole dataset of samples given by shard index and row."""
         numbers: np.ndarray = self._first_sample[shards] + rows
         return numbers
 
-    def _map_shard(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Moments, caption index *per image row*, and states of one shard; checked once."""
+    def _caption_rows(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Rows of the text column that belong to rows of the image column."""
+        found = np.empty_like(rows)
+        for shard in set(shards.tolist()):
+            members = shards == shard
+            found[members] = self._captions_of(shard)[rows[members]]
+        return found
+
+    def _read_captions(self, index: int) -> np.ndarray:
+        """For each image row of a shard its row in the text column; checked once."""
         name = self._shards[index]
         image, text = self._image.map_shard(name), self._text.map_shard(name)
-        if not self._fit(name, image, text):
-            raise CorruptFileError(
-                self._image.dataset / self._image.column_id / name,
-                "image rows and captions do not belong together",
-                remedy=f"python -m shards verify --full {self._image.dataset}",
-            )
-        return image["moments"], np.asarray(text["caption"])[image["row"]], text["states"]
-
-    def _fit(self, name: str, image: Arrays, text: Arrays) -> bool:
-        """Whether a shard's arrays are what the specs say and point nowhere but into each other."""
-        if not (image.keys() >= {"moments", "row"} and text.keys() >= {"caption", "states"}):
-            return False
-        moments, row = image["moments"], image["row"]
-        caption, states = text["caption"], text["states"]
+        image_path, text_path = self._image.path_of(name), self._text.path_of(name)
+        row = expect_array(image, "row", _INDEX, (), image_path)
+        caption = expect_array(text, "caption", _INDEX, (), text_path)
         num_rows, num_source_rows = (self._image.shards[name][key] for key in ("rows", "rows_in"))
-        num_channels, *size = self.latent_shape
-        return (
-            moments.dtype == states.dtype == np.float16
-            and moments.shape == (num_rows, 2 * num_channels, *size)
-            and states.shape[1:] == (self._text.spec.num_tokens, self._text.spec.dim)
-            and row.shape == (num_rows,)
-            and caption.shape == (num_source_rows,)
-            and _within(row, num_source_rows)
-            and _within(caption[row], len(states))
+        num_captions = len(expect_array(text, "checksum", np.dtype(np.uint64), (), text_path))
+        _expect_within(row, num_rows, num_source_rows, "row", image_path)
+        if len(caption) != num_source_rows:
+            raise CorruptFileError(
+                text_path,
+                f"{len(caption)} captions",
+                wanted=f"{num_source_rows}, one for each row of the ledger",
+                remedy=repair_remedy(text_path),
+            )
+        captions = np.asarray(caption)[row]
+        _expect_within(captions, num_rows, num_captions, "caption of an image row", text_path)
+        return captions
+
+    def _start_fetching(self, first_step: int, positions: range) -> FetchAhead:
+        """Fetch ahead of need; refuse a cache that cannot hold what one window needs."""
+        columns: list[Column] = [self._image, self._text]
+        window = next(self.order.shards_ahead(first_step, positions)).tolist()
+        needed = sum(c.shards[self._shards[index]]["bytes"] for c in columns for index in window)
+        if needed > self._cache_share:
+            raise UserError(
+                self._image.cache.folder,
+                f"{self._cache_share / 2**30:.2f} GiB of cache for this process",
+                wanted=f"{needed / 2**30:.2f} GiB, for the {len(window)} shards that are read "
+                "at a time",
+                remedy="a larger --cache-gib, or a smaller --shuffle-window (another order: not "
+                "in mid-run)",
+            )
+        ahead = self.order.shards_ahead(first_step, positions)
+        return FetchAhead(columns, self._shards, ahead, self._cache_share - needed)
+
+    def _num_shards_to_keep_open(self) -> int:
+        """As many as fit into the cache: a map keeps the disk space of a file that was deleted."""
+        largest = max(
+            self._image.shards[shard]["bytes"] + self._text.shards[shard]["bytes"]
+            for shard in self._shards
         )
+        return min(max(self._cache_share // max(largest, 1), 1), MAX_OPEN_SHARDS)
 
 
-def _within(indices: np.ndarray, size: int) -> bool:
-    return not len(indices) or bool(indices.min() >= 0 and indices.max() < size)
+def _expect_within(indices: np.ndarray, length: int, size: int, name: str, where: Location) -> None:
+    wrong = np.flatnonzero((indices < 0) | (indices >= size))
+    if len(indices) != length or len(wrong):
+        found = f"{len(indices)} entries"
+        if len(wrong):
+            found = f"{indices[wrong[0]]} at row {wrong[0]}"
+        raise CorruptFileError(
+            where,
+            f"{name}: {found}",
+            wanted=f"{length} indices below {size}",
+            remedy=repair_remedy(where),
+        )

@@ -1,20 +1,34 @@
 """Receipts: one small JSON beside every data file. They are the truth about a latent dataset.
 
-A data file counts only when its receipt is there; a receipt is written last. It names the source
-shard, accounts for every source row, and carries the hash of the data file and of itself.
+A data file counts only when its receipt is there; a receipt is written last, and the first one
+stays. It names the source shard, accounts for every source row, and carries the hash of the data
+file and of itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from shards.canonical import canonical_json, sha256_of
 from shards.column import FORMAT_VERSION, Json
 from shards.errors import CorruptFileError, DatasetError
-from shards.storage import canonical_json, sha256_of, write_text_whole
+from shards.storage import (
+    Location,
+    list_files,
+    read_bytes,
+    read_many,
+    remove,
+    size_of,
+    write_text_whole,
+    write_whole,
+)
 
+NULL = "null"
+DATA_SUFFIXES = ("safetensors", "parquet")
 _SEAL = "sha256_of_this"
 
 
@@ -31,7 +45,8 @@ class Receipt:
         absent: the others, counted by reason; rows_in = rows + sum(absent).
         data_bytes: length of the data file.
         data_sha256: hash of the data file.
-        stats: image columns: `latent_mean`, `latent_std` of the scaled latents; counters.
+        stats: image columns: `latent_mean`, `latent_std` of the scaled latents; int8 columns:
+            `relative_error` of what is stored; text columns: `captions`, the distinct ones.
         model: where the encoder was loaded from; for people, no part of the fingerprint.
         versions: of the libraries that the bytes may depend on.
         timings: seconds by stage; the only part that differs between two equal runs.
@@ -61,14 +76,56 @@ class Receipt:
             )
 
 
-def receipt_path(data_path: Path) -> Path:
+def receipt_path(data: Location) -> Location:
     """`00000.json` for `00000.safetensors` or `00000.parquet`."""
-    return data_path.with_suffix(".json")
+    return data.with_suffix(".json")
 
 
-def file_facts(data_path: Path) -> Json:
-    """`data_bytes` and `data_sha256` of a file, as a receipt states them."""
-    return {"data_bytes": data_path.stat().st_size, "data_sha256": sha256_of(data_path)}
+def file_facts(path: Path) -> Json:
+    """`data_bytes` and `data_sha256` of a local file, as a receipt states them."""
+    return {"data_bytes": path.stat().st_size, "data_sha256": sha256_of(path)}
+
+
+def commit(
+    data: Location, fill: Callable[[Path], None], receipt_of: Callable[[Json], Receipt]
+) -> Receipt:
+    """Write a data file, then the receipt that makes it count.
+
+    Two workers may do this for one shard at the same time. Equal input makes equal bytes, so it
+    does not matter whose data file stays; the first receipt stays, and the second worker holds
+    its own bytes to it.
+
+    Args:
+        data: the data file's place.
+        fill: makes the data file at a local path.
+        receipt_of: builds the receipt from the data file's `file_facts`.
+
+    Raises:
+        DatasetError: another worker has just written other bytes for the same shard.
+        StorageError: it cannot be written.
+    """
+    if receipt := read_receipt_of(data):
+        return receipt
+    remove(receipt_path(data))  # of a data file that is gone or cut short
+    facts: Json = {}
+
+    def fill_and_measure(path: Path) -> None:
+        fill(path)
+        facts.update(file_facts(path))
+
+    write_whole(data, fill_and_measure)
+    receipt = receipt_of(facts)
+    if write_receipt(data, receipt):
+        return receipt
+    theirs = read_receipt(receipt_path(data))
+    if theirs.data_sha256 != receipt.data_sha256:
+        raise DatasetError(
+            data,
+            "two workers encoded this shard at once, and their bytes differ",
+            remedy=f"python -m shards repair {data.parent.parent}, then one job at a time on "
+            "machines of one kind",
+        )
+    return theirs
 
 
 def _sealed(document: Json) -> Json:
@@ -87,22 +144,27 @@ def _receipt_text(document: Json) -> str:
     return canonical_json({**_sealed(rest), "timings": _sealed(document["timings"])})
 
 
-def write_receipt(data_path: Path, receipt: Receipt) -> None:
-    """Make a data file count."""
+def write_receipt(data: Location, receipt: Receipt) -> bool:
+    """Make a data file count; False when it has a receipt already, which stays."""
     document = {"format_version": FORMAT_VERSION, **asdict(receipt)}
-    write_text_whole(receipt_path(data_path), _receipt_text(document))
+    return write_text_whole(receipt_path(data), _receipt_text(document), replace=False)
 
 
-def read_receipt(path: Path) -> Receipt:
+def read_receipt(path: Location) -> Receipt:
     """Read and check one receipt.
 
     Raises:
+        FileNotFoundError: it is not there.
         CorruptFileError: a byte of it is not what was written.
         DatasetError: it is of another format version.
     """
-    remedy = "delete it and run the same precompute again"
+    return parse_receipt(path, read_bytes(path))
+
+
+def parse_receipt(path: Location, data: bytes) -> Receipt:
+    """A receipt from its bytes; see `read_receipt`."""
+    remedy = f"python -m shards repair {path.parent.parent}, then the same precompute again"
     try:
-        data = path.read_bytes()
         document = json.loads(data)
         version = document["format_version"]
         intact = data == _receipt_text(document).encode()
@@ -123,16 +185,39 @@ def read_receipt(path: Path) -> Receipt:
     return Receipt(**document)
 
 
-def read_receipt_of(data_path: Path) -> Receipt | None:
+def read_receipt_of(data: Location) -> Receipt | None:
     """The receipt of a data file; None unless both are there and the length is the one stated."""
-    path = receipt_path(data_path)
-    if not (data_path.exists() and path.exists()):
+    num_bytes = size_of(data)
+    try:
+        receipt = read_receipt(receipt_path(data))
+    except FileNotFoundError:
         return None
-    receipt = read_receipt(path)
-    return receipt if data_path.stat().st_size == receipt.data_bytes else None
+    return receipt if num_bytes == receipt.data_bytes else None
 
 
-def refuse_changed_source(receipt: Receipt, dataset: Path, source: Json) -> None:
+def iter_receipt_files(folder: Location) -> Iterator[tuple[Location, bytes]]:
+    """The receipts of a column or of the ledger, unparsed, in the order of names."""
+    names = [name for name in list_files(folder) if name.endswith(".json")]
+    for name, data in read_many(folder, names):
+        yield folder / name, data
+
+
+def finished_shards(folder: Location) -> dict[str, Receipt]:
+    """Receipts of the shards of a column, or of the ledger, whose data file is as long as stated.
+
+    One listing and many receipts at a time: quick on an object store too.
+    """
+    sizes = list_files(folder)
+    found = {}
+    for path, data in iter_receipt_files(folder):
+        receipt = parse_receipt(path, data)
+        lengths = [sizes.get(f"{path.stem}.{suffix}") for suffix in DATA_SUFFIXES]
+        if receipt.data_bytes in lengths:
+            found[path.stem] = receipt
+    return found
+
+
+def refuse_changed_source(receipt: Receipt, dataset: Location, source: Json) -> None:
     """Hold a source shard to the one that a receipt speaks of.
 
     Args:

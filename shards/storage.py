@@ -1,50 +1,272 @@
-"""Files that appear whole or not at all, and their hashes.
+"""Files of a dataset, on a local disk or behind any fsspec URL, that appear whole or not at all.
 
-A file is written under a temporary name beside its target, flushed to the disk, then renamed. The
-temporary name is a function of the target's name, so a killed process's leftover is overwritten
-by the next attempt and nothing has to be cleaned up by hand.
+A `Location` is a `pathlib.Path`, or a `UPath` for a URL such as `s3://bucket/latents`; both join
+with `/`. A local file is written under a temporary name beside its target, flushed to the disk and
+renamed. The temporary name is a function of the target's name, so what a killed process leaves is
+overwritten by the next attempt. On an object store it is a single put, conditional on request.
+Operations that fail in passing are tried again (`shards.retry`).
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-from shards.errors import UserError
+from upath import UPath
+
+from shards.errors import StorageError, UserError
+from shards.lock import held_file, sole_writer
+from shards.retry import LOCAL, REMOTE, retried
+
+T = TypeVar("T")
+Location: TypeAlias = Path | UPath
 
 TEMPORARY_SUFFIX = ".partial"
 
+# One request: s3fs and botocore would retry some failures and not others, in loops of their own.
+# Parts of a large file are still tried three times each, so that one reset costs no gigabytes.
+_S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,  # other workers write as well
+    "config_kwargs": {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "retries": {"mode": "standard", "total_max_attempts": 3},
+    },
+}
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then give it its name in one step.
+
+def location(url: str | Location) -> Location:
+    """A local path, or the place that a URL names.
+
+    fsspec's own configuration applies (`FSSPEC_S3_ENDPOINT_URL`, `~/.config/fsspec/*.json`).
+
+    Raises:
+        UserError: no such protocol, or its package is not installed.
+    """
+    import fsspec
+
+    if not isinstance(url, str):
+        return url
+    protocol, separator, _ = url.partition("://")
+    if not separator:
+        return Path(url)
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        chosen = fsspec.config.conf.get("s3", {})
+        options = {name: value for name, value in _S3_OPTIONS.items() if name not in chosen}
+    try:
+        place = UPath(url, **options)
+        filesystem = place.fs
+    except (ImportError, ValueError) as error:
+        raise UserError(url, f"cannot be reached ({error})", wanted="a folder or URL") from None
+    if protocol in ("file", "local"):
+        return Path(place.path)
+    if hasattr(filesystem, "retries"):
+        filesystem.retries = 1
+    return place
+
+
+def is_remote(where: Location) -> bool:
+    """Whether it is behind a URL: it cannot be mapped, locked or renamed."""
+    return not isinstance(where, Path)
+
+
+def size_of(where: Location) -> int | None:
+    """Bytes of a file; None where there is none."""
+    filesystem, path = _filesystem(where)
+    try:
+        info = _run(where, "looking it up", lambda: filesystem.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return int(info["size"]) if info["type"] == "file" else None
+
+
+def list_files(folder: Location) -> dict[str, int]:
+    """Bytes of each file in a folder by name, sorted; empty where there is no folder."""
+    entries = _list(folder)
+    return {name: int(info["size"]) for name, info in entries.items() if info["type"] == "file"}
+
+
+def list_folders(folder: Location) -> list[str]:
+    """Names of the folders in a folder, sorted; empty where there is none."""
+    return [name for name, info in _list(folder).items() if info["type"] == "directory"]
+
+
+def _list(folder: Location) -> dict[str, Any]:
+    filesystem, path = _filesystem(folder)
+
+    def ls() -> list[Any]:
+        filesystem.invalidate_cache(path)
+        found: list[Any] = filesystem.ls(path, detail=True)
+        return found
+
+    try:
+        entries = _run(folder, "listing", ls)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    named = ((info["name"].rstrip("/").rsplit("/", 1)[-1], info) for info in entries)
+    # Some stores list a folder's own marker among its files.
+    return dict(sorted((n, info) for n, info in named if info["name"].rstrip("/") != path))
+
+
+def read_bytes(where: Location) -> bytes:
+    """A whole file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be read.
+    """
+    filesystem, path = _filesystem(where)
+    data: bytes = _run(where, "reading", lambda: filesystem.cat_file(path))
+    return data
+
+
+def read_many(folder: Location, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Whole small files of one folder, in order; many requests at a time where it is remote.
+
+    Raises:
+        FileNotFoundError: one is not there (any more).
+        StorageError: one cannot be read.
+    """
+    if not is_remote(folder):
+        for name in names:
+            yield name, read_bytes(folder / name)
+        return
+    filesystem, _ = _filesystem(folder)
+    for start in range(0, len(names), 1000):
+        chunk = names[start : start + 1000]
+        paths = {name: (folder / name).path for name in chunk}  # type: ignore[union-attr]
+        found = _run(folder, f"reading {len(chunk)} files", partial(_cat, filesystem, paths))
+        yield from ((name, found[paths[name]]) for name in chunk)
+
+
+def _cat(filesystem: Any, paths: dict[str, str]) -> dict[str, bytes]:
+    found: dict[str, bytes] = filesystem.cat(list(paths.values()), on_error="raise")
+    return found
+
+
+def download(where: Location, to: Path) -> None:
+    """Copy a file to a local path; the copy may be cut short when this raises.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be read, or written here.
+    """
+    filesystem, path = _filesystem(where)
+    _run(where, "downloading", lambda: filesystem.get_file(path, str(to)))
+
+
+@contextmanager
+def local_copy(where: Location) -> Iterator[Path]:
+    """A file as a local path: itself, or a download that is gone afterwards."""
+    if isinstance(where, Path):
+        yield where
+        return
+    with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
+        copy = Path(folder) / where.name
+        download(where, copy)
+        yield copy
+
+
+def write_whole(where: Location, fill: Callable[[Path], None], *, replace: bool = True) -> bool:
+    """Let `fill` make a temporary file, then give it its name in one step.
 
     Args:
-        path: the final name; its folder is made when missing.
-        write: is called with the temporary path and must create that file.
+        where: the final name; its folder is made when missing.
+        fill: is called with a local path and must create that file.
+        replace: False leaves a file that is there already as it is, even against another worker
+            who writes it at this very moment.
+
+    Returns:
+        whether the file is the one that `fill` made.
+
+    Raises:
+        StorageError: it cannot be written.
     """
+    write = _write_local if isinstance(where, Path) else _write_remote
+    try:
+        return write(where, fill, replace)  # type: ignore[arg-type]
+    except OSError as error:
+        message = f"cannot be written ({error.strerror or error})"
+        raise StorageError(where, message, remedy="free space, or name another place") from error
+
+
+def _write_local(path: Path, fill: Callable[[Path], None], replace: bool) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    write(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with held_file(temporary):
+        try:
+            if not replace and path.exists():
+                temporary.unlink()
+                return False
+            fill(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+    return True
 
 
-def write_text_whole(path: Path, text: str) -> None:
+def _write_remote(where: UPath, fill: Callable[[Path], None], replace: bool) -> bool:
+    filesystem, path = _filesystem(where)
+    mode = "overwrite" if replace else "create"
+    with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
+        made = Path(folder) / where.name
+        fill(made)
+        try:
+            _run(where, "writing", lambda: _put(filesystem, made, path, mode))
+        except FileExistsError:
+            return False
+    return True
+
+
+def _put(filesystem: Any, made: Path, path: str, mode: str) -> None:
+    try:
+        filesystem.put_file(str(made), path, mode=mode)
+    except OSError as error:  # some stores word the refusal in a way that s3fs does not know
+        answer = getattr(error.__cause__, "response", None) or {}
+        if answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
+            raise FileExistsError(path) from None
+        raise
+
+
+def write_text_whole(where: Location, text: str, *, replace: bool = True) -> bool:
     """`write_whole` for a small text."""
-    write_whole(path, lambda temporary: _write_text(temporary, text))
+    return write_whole(where, partial(_write_text, text=text), replace=replace)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def remove(where: Location) -> None:
+    """Delete a file; one that is gone already is fine."""
+    filesystem, path = _filesystem(where)
+    try:
+        _run(where, "deleting", lambda: filesystem.rm_file(path))
+    except FileNotFoundError:
+        return
+
+
+def move(where: Location, to: Location) -> None:
+    """Give a file another place in the same storage; on an object store it is copied first."""
+    if isinstance(where, Path) and isinstance(to, Path):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(where, to)
+        return
+    filesystem, path = _filesystem(where)
+    _, target = _filesystem(to)
+    _run(where, f"copying to {to}", lambda: filesystem.cp_file(path, target))
+    remove(where)
 
 
 def sync_folder(folder: Path) -> None:
@@ -56,52 +278,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def canonical_json(document: Any) -> str:
-    """The one text of a JSON document: equal documents have equal bytes and equal hashes."""
-    return (
-        json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    )
-
-
 @contextmanager
-def sole_writer(folder: Path, wait_sec: float = 0.0) -> Iterator[None]:
-    """Hold a folder against a second writing process on this machine.
+def writing_job(dataset: Location) -> Iterator[None]:
+    """One job at a time on a local dataset.
 
-    The lock lives on the folder itself, so it leaves no file behind and dies with its process.
-
-    Args:
-        folder: is made when missing.
-        wait_sec: how long to wait for a process that is about to end.
-
-    Raises:
-        UserError: another process holds it, or it cannot be made.
+    On an object store nothing can be locked: there two jobs may do the same work, but no shard is
+    committed twice (`shards.receipt.commit`).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(folder, f"cannot be written to ({error.strerror})") from None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + wait_sec
-        while not _locked(descriptor):
-            if time.monotonic() > deadline:
-                remedy = "wait for it to end, or name another folder"
-                raise UserError(folder, "another process is writing here", remedy=remedy)
-            time.sleep(0.2)  # a lock with a deadline can only be polled
+    with sole_writer(dataset) if isinstance(dataset, Path) else nullcontext():
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _filesystem(where: Location) -> tuple[Any, str]:
+    import fsspec
+
+    if isinstance(where, Path):
+        return fsspec.filesystem("file"), str(where.absolute())
+    return where.fs, where.path
+
+
+def _run(where: Location, action: str, operation: Callable[[], T]) -> T:
+    policy = REMOTE if is_remote(where) else LOCAL
+    return retried(operation, where=where, action=action, policy=policy)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
 
-from shards.arrays import write_arrays
+from shards.arrays import save_arrays
+from shards.checksum import row_checksums
 from shards.column import ImageColumn, Json, TextColumn
-from shards.dataset import NULL, Dataset, column_path, ledger_path, write_manifest
-from shards.ledger import OK, LedgerRow, count_reasons, write_ledger
-from shards.receipt import Receipt, file_facts, write_receipt
+from shards.dataset import Dataset, column_path, ledger_path, write_manifest
+from shards.ledger import OK, LedgerRow, count_reasons, save_ledger
+from shards.receipt import NULL, Receipt, commit
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_MODEL = REPOSITORY / "examples" / "tiny-model"
@@ -195,8 +197,11 @@ def build_latent_dataset(
     rng = np.random.default_rng(seed)
 
     def write(data_path: Path, arrays: dict[str, np.ndarray], **facts: Any) -> None:
-        write_arrays(data_path, arrays)
-        write_receipt(data_path, Receipt(**facts, model=model, **file_facts(data_path)))
+        commit(
+            data_path,
+            lambda file: save_arrays(file, arrays),
+            lambda written: Receipt(**facts, model=model, **written),
+        )
 
     def random_texts(count: int) -> dict[str, np.ndarray]:
         states = rng.standard_normal((count, num_tokens, dim)).astype(np.float16)
@@ -232,10 +237,11 @@ def build_latent_dataset(
         }
         reasons = count_reasons(ledger)
         data_path = ledger_path(path, shard)
-        write_ledger(data_path, ledger)
-        write_receipt(
+        ledger_facts = {**facts, "column": None, "rows": len(good), "absent": reasons}
+        commit(
             data_path,
-            Receipt(**facts, column=None, rows=len(good), absent=reasons, **file_facts(data_path)),
+            partial(save_ledger, rows=ledger),
+            lambda written, facts=ledger_facts: Receipt(**facts, **written),
         )
         for column in images:
             shape = (length, latent_channels, column.latent_size, column.latent_size)
@@ -245,7 +251,11 @@ def build_latent_dataset(
             stats = {"latent_mean": 0.0, "latent_std": 1.0} if length else {}
             write(
                 column_path(path, column.column_id, shard),
-                {"moments": moments, "row": large.astype(np.int32)},
+                {
+                    "moments": moments,
+                    "checksum": row_checksums([moments]),
+                    "row": large.astype(np.int32),
+                },
                 **facts,
                 column=column.to_json(),
                 rows=length,
@@ -254,7 +264,11 @@ def build_latent_dataset(
             )
         write(
             column_path(path, text.column_id, shard),
-            {**random_texts(num_captions), "caption": caption},
+            {
+                **(texts := random_texts(num_captions)),
+                "checksum": row_checksums([texts["states"]]),
+                "caption": caption,
+            },
             **facts,
             column=text.to_json(),
             rows=len(good),

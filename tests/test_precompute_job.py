@@ -21,7 +21,7 @@ from conftest import image_bytes, run_python, sample_members, smooth_image, writ
 from precompute.job import PrecomputeConfig, precompute
 from shards.column import Json
 from shards.errors import DatasetError, UserError
-from shards.storage import sole_writer
+from shards.lock import sole_writer
 from shards.verify import iter_problems
 
 

@@ -15,8 +15,8 @@ from transformers import CLIPTextModel
 from precompute.columns import image_columns, text_column
 from precompute.encoders import ImageEncoder, TextEncoder
 from precompute.model_folder import ModelFolder, find_model
+from shards.canonical import sha256_of
 from shards.errors import UserError
-from shards.storage import sha256_of
 
 CPU = torch.device("cpu")
 WEIGHTS = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from shards.canonical import canonical_json, sha256_of
 from shards.errors import UserError
-from shards.storage import canonical_json, sha256_of, sole_writer, write_text_whole, write_whole
+from shards.lock import sole_writer
+from shards.storage import write_text_whole, write_whole
 
 
 def names_in(folder: Path) -> list[str]:
@@ -99,7 +101,7 @@ def test_the_hash_of_a_file_is_that_of_sha256sum(tmp_path):
 
 def test_a_second_writer_in_another_process_is_refused_until_the_first_ends(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from shards.storage import sole_writer\n"
+        "import sys; from pathlib import Path; from shards.lock import sole_writer\n"
         "with sole_writer(Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

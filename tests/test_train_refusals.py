@@ -13,7 +13,7 @@ from helpers_train import MemoryBatches, error_line, flags, small_config, start,
 
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.storage import sole_writer
+from shards.lock import sole_writer
 from train.config import PRESETS
 from train.main import main, parse
 from train.trainer import Trainer

@@ -21,14 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shards.canonical import canonical_json
 from shards.errors import UserError
-from shards.storage import (
-    TEMPORARY_SUFFIX,
-    canonical_json,
-    sync_folder,
-    write_text_whole,
-    write_whole,
-)
+from shards.storage import TEMPORARY_SUFFIX, sync_folder, write_text_whole, write_whole
 from train.objective import SCHEDULER_CONFIG
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

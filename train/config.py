@@ -14,7 +14,14 @@ _COUNTS = (
 )
 _NOT_NEGATIVE = (
     *("micro_batch_size", "seed", "num_partitions", "min_snr_gamma", "learning_rate"),
-    *("warmup_steps", "weight_decay", "max_grad_norm", "ema_start_step", "num_samples"),
+    *(
+        "cache_gib",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "ema_start_step",
+        "num_samples",
+    ),
 )
 _FRACTIONS = ("caption_drop_prob", "final_lr_frac", "ema_decay")
 
@@ -29,13 +36,19 @@ class TrainConfig:
     """Side of the images in pixels; chooses the dataset's image column."""
 
     data: str = "data/latents"
-    """Folder of the latent dataset."""
+    """Latent dataset: a folder, or a URL such as s3://bucket/latents."""
     output_dir: str = "runs/latest"
     """Folder of the run: checkpoints, metrics.jsonl, the exported U-Net, sample images."""
     image_column: str = ""
     """Id of the image column, where there are several of this resolution."""
     text_column: str = ""
     """Id of the text column, where there are several."""
+    text: Literal["auto", "states", "ids"] = "auto"
+    """Read stored states, or stored token ids and run the text encoder; auto: states if stored."""
+    cache_dir: str = ""
+    """Local cache for the shards of a remote dataset; default: ~/.cache/latentmill/shards."""
+    cache_gib: float = 100.0
+    """Bound of that cache, for all processes on the machine."""
 
     max_steps: int = 1000
     """Optimizer updates in the whole run."""
@@ -119,7 +132,7 @@ class TrainConfig:
         free = {
             *("data", "output_dir", "image_column", "text_column", "micro_batch_size"),
             *("attention", "log_every", "checkpoint_every", "keep_checkpoints"),
-            *("num_samples", "model"),
+            *("num_samples", "model", "text", "cache_dir", "cache_gib"),
         }
         if self.lr_schedule == "constant":
             free.add("max_steps")

@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
+from shards.cache import ShardCache
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
 from shards.errors import DatasetError, UserError, reported
+from shards.lock import sole_writer
 from shards.order import choose_partitions
 from shards.reader import LatentReader
-from shards.storage import sole_writer
 from train.config import PRESETS, TrainConfig, preset
 from train.unet import check_fits, load_unet_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from shards.batch import BatchSource
 
 # A run that was just stopped may still be writing its checkpoint.
 _LOCK_WAIT_SEC = 60.0
@@ -47,9 +50,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: TrainConfig) -> None:
     """Put the pieces together: dataset, reader, trainer, samples."""
-    dataset = Dataset(config.data)
+    cache = ShardCache(
+        Path(config.cache_dir) if config.cache_dir else None, round(config.cache_gib * 2**30)
+    )
+    dataset = Dataset(config.data, cache)
     image = dataset.image_column(config.resolution, config.image_column)
-    text = dataset.text_column(config.text_column)
+    text = dataset.text_column(config.text_column, config.text)
     check_fits(load_unet_config(config.unet), image, text)
 
     import torch
@@ -61,7 +67,8 @@ def run(config: TrainConfig) -> None:
     torch.set_flush_denormal(True)  # CPU: tiny gradients would cost a hundred times their worth
     torch.set_float32_matmul_precision("high")
     accelerator = build_accelerator(config)
-    batches = build_reader(config, dataset, image, text, pinned=torch.cuda.is_available())
+    reader = build_reader(config, dataset, image, text, pinned=torch.cuda.is_available())
+    batches = reader if text.spec.has_states else encode_text(config, reader, text, accelerator)
     with ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(sole_writer(Path(config.output_dir), _LOCK_WAIT_SEC))
@@ -89,8 +96,19 @@ def build_reader(
         global_batch_size=config.global_batch_size,
         num_partitions=choose_partitions(config.global_batch_size, config.num_partitions),
         window=config.shuffle_window,
-        allocate=_pinned_empty if pinned else np.empty,
+        allocate=_pinned_empty if pinned else None,
+        processes_sharing_cache=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+def encode_text(
+    config: TrainConfig, reader: LatentReader, text: Column[TextColumn], accelerator: Accelerator
+) -> BatchSource:
+    """The frozen text encoder beside the reader, for a dataset of token ids."""
+    from precompute.encoded_text import EncodedText
+
+    accelerator.print(f"text encoder of {config.model or text.model} runs along (token ids)")
+    return EncodedText(reader, text, device=accelerator.device, model=config.model)
 
 
 def _pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -117,11 +135,11 @@ def parse(argv: list[str]) -> TrainConfig:
 def fitting_preset(argv: list[str]) -> str:
     """The first preset whose resolution and U-Net fit the dataset that the flags name."""
     peek = argparse.ArgumentParser(add_help=False)
-    for flag in ("data", "image_column", "text_column"):
+    for flag in ("data", "image_column", "text_column", "text"):
         peek.add_argument(f"--{flag.replace('_', '-')}", default=getattr(TrainConfig, flag))
     named, _ = peek.parse_known_args(argv)
     dataset = Dataset(named.data)
-    text = dataset.text_column(named.text_column)
+    text = dataset.text_column(named.text_column, named.text)
     for name, config in PRESETS.items():
         if config.resolution not in dataset.resolutions():
             continue

@@ -30,13 +30,16 @@ def sample_latents(moments: Tensor, posterior_noise: Tensor, scaling_factor: flo
     As diffusers' `DiagonalGaussianDistribution.sample` with its clamp, times the scaling factor.
 
     Args:
-        moments: [B, 2C, h, w], mean and log-variance, unscaled.
+        moments: [B, 2C, h, w], mean and log-variance, unscaled; or [B, C, h, w], the mean alone,
+            which is then taken as it is.
         posterior_noise: [B, C, h, w], standard normal.
         scaling_factor: of the VAE.
 
     Returns:
         latents [B, C, h, w] float32.
     """
+    if moments.shape == posterior_noise.shape:
+        return moments.float() * scaling_factor
     mean, logvar = moments.float().chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
     return (mean + std * posterior_noise) * scaling_factor

@@ -19,9 +19,10 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from shards.batch import BatchSource, LatentBatch
+from shards.canonical import canonical_json
 from shards.errors import UserError
 from shards.order import choose_partitions, positions_of_rank
-from shards.storage import canonical_json, write_text_whole
+from shards.storage import write_text_whole
 from train.attention import apply_attention
 from train.checkpoint import (
     checkpoints_of,
@@ -40,6 +41,7 @@ from train.interval import Interval, log_line
 from train.metrics import MetricsLog
 from train.objective import Objective, sample_latents
 from train.stop import StopOnSignal
+from train.transfer import to_device
 from train.unet import build_unet, load_unet_config
 
 
@@ -144,8 +146,8 @@ class Trainer:
         """One update from one rank's share of the global batch."""
         assert batch.step == self.step
         assert len(batch.samples) == len(self.positions)
-        moments = torch.as_tensor(batch.moments).to(self.device, non_blocking=True)
-        states = torch.as_tensor(batch.states).to(self.device, non_blocking=True)
+        moments = to_device(batch.moments, self.device)
+        states = to_device(batch.states, self.device)
         draws = draw(
             seed=self.config.seed,
             step=self.step,

@@ -1,0 +1,152 @@
+"""Decode cached latents and hold them to the images that they came from.
+
+The check that no hash can make: that what was stored is what the VAE makes of the right pixels. A
+cache of wrongly normalised images, of other images, or scaled twice decodes to something else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from precompute.encoders import choose_device, load_vae
+from precompute.model_folder import find_model
+from precompute.pixels import UnusableImageError, crop_to, decode
+from shards.column import ImageColumn, Json
+from shards.dataset import LATENT_STD_RANGE, Column, Dataset
+from shards.errors import DatasetError, UnreadableShardError
+from shards.image_shards import ShardStream, SourceShard
+from shards.quantize import latents_of
+from shards.receipt import read_receipt, receipt_path
+
+# Unrelated pictures differ by about 8 dB; what a VAE gives back of its own input by 20 and more.
+MIN_PSNR_DB = 14.0
+
+
+def decode_back(dataset: Dataset, num_samples: int, model: str = "") -> list[Json]:
+    """Decode samples spread evenly over each image column.
+
+    Args:
+        dataset: open dataset.
+        num_samples: of each column.
+        model: diffusers model folder; default: the one that the column was made with.
+
+    Returns:
+        for each image column: `column`, `samples`, `latent_mean` and `latent_std` of the scaled
+        means, `psnr_db` (`median`, `min`) against the source images, or None where these cannot be
+        read, and `problem`, empty when there is none.
+
+    Raises:
+        UserError: the model cannot be loaded, or the dataset is damaged.
+    """
+    columns = [c for c in dataset.columns.values() if isinstance(c.spec, ImageColumn)]
+    if not columns:
+        raise DatasetError(dataset.path, "no image column", wanted="one to decode")
+    return [_decode_column(column, num_samples, model) for column in columns]
+
+
+def _decode_column(column: Column, num_samples: int, model: str) -> Json:
+    folder = find_model(model or column.model)
+    if folder.weights_sha256("vae") != column.spec.weights_sha256:
+        raise DatasetError(
+            folder.path / "vae",
+            f"is not the VAE that {column.column_id} was made with",
+            wanted=column.model,
+            remedy="--model <its folder or hub id>",
+        )
+    device = choose_device("auto")
+    vae = load_vae(folder, device, torch.float32)
+    means: list[np.ndarray] = []
+    psnrs: list[float] = []
+    for shard, rows in _choose(column, num_samples).items():
+        arrays = column.map_shard(shard)
+        shard_means = _means(column.spec, arrays, rows)
+        means.append(shard_means)
+        sources = _source_squares(column, shard, np.asarray(arrays["row"])[rows])
+        for mean, square in zip(shard_means, sources, strict=True):
+            if square is not None:
+                psnrs.append(_psnr_db(_decode(vae, mean, device), square))
+    scaled = np.concatenate(means).astype(np.float64) * column.spec.scaling_factor
+    result: Json = {
+        "column": column.column_id,
+        "samples": len(scaled),
+        "latent_mean": round(float(scaled.mean()), 4),
+        "latent_std": round(float(scaled.std()), 4),
+        "psnr_db": None,
+    }
+    if psnrs:
+        median = float(np.median(psnrs))
+        result["psnr_db"] = {"median": round(median, 2), "min": round(min(psnrs), 2)}
+    return {**result, "problem": _problem(column, result)}
+
+
+def _choose(column: Column, num_samples: int) -> dict[str, np.ndarray]:
+    """Rows by shard, spread evenly over the column."""
+    shards = sorted(column.shards)
+    ends = np.cumsum([column.shards[shard]["rows"] for shard in shards])
+    total = int(ends[-1]) if len(ends) else 0
+    wanted = np.unique(np.linspace(0, total - 1, min(num_samples, total)).astype(np.int64))
+    if not len(wanted):
+        raise DatasetError(column.dataset / column.column_id, "no rows to decode")
+    by_shard = defaultdict(list)
+    for number in wanted.tolist():
+        index = int(np.searchsorted(ends, number, side="right"))
+        by_shard[shards[index]].append(number - (int(ends[index - 1]) if index else 0))
+    return {shard: np.array(rows) for shard, rows in by_shard.items()}
+
+
+def _means(spec: ImageColumn, arrays: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Unscaled means [n, C, h, w] float32 of some rows."""
+    values = np.asarray(arrays[spec.latents])[rows]
+    if spec.storage_dtype == "int8":
+        values = latents_of(values, np.asarray(arrays["scale"])[rows]).dequantize()
+    return values[:, : spec.latent_channels].astype(np.float32)
+
+
+def _source_squares(column: Column, shard: str, rows: np.ndarray) -> list[np.ndarray | None]:
+    """The pixels uint8 [3, H, W] of ledger rows, from the source shard; None where it is gone."""
+    source = read_receipt(receipt_path(column.path_of(shard))).source
+    wanted = set(rows.tolist())
+    found: dict[int, np.ndarray | None] = {}
+    try:
+        for row, sample in enumerate(ShardStream(SourceShard(source["url"], shard, 0))):
+            if row in wanted and sample.image is not None:
+                try:
+                    found[row] = crop_to(decode(sample.image), column.spec.resolution)
+                except UnusableImageError:
+                    found[row] = None
+            if row >= max(wanted):
+                break
+    except UnreadableShardError:
+        return [None] * len(rows)
+    return [found.get(row) for row in rows.tolist()]
+
+
+@torch.inference_mode()
+def _decode(vae: Any, mean: np.ndarray, device: torch.device) -> np.ndarray:
+    """Pixels float [3, H, W] in 0 to 255 of one unscaled mean [C, h, w]."""
+    pixels = vae.decode(torch.from_numpy(mean)[None].to(device)).sample[0]
+    numbers: np.ndarray = ((pixels.float().clamp(-1, 1) + 1) * 127.5).cpu().numpy()
+    return numbers
+
+
+def _psnr_db(decoded: np.ndarray, square: np.ndarray) -> float:
+    error = np.square(decoded.astype(np.float64) - square).mean()
+    return float(10 * np.log10(255.0**2 / max(error, 1e-3)))
+
+
+def _problem(column: Column, result: Json) -> str:
+    where = f"{column.dataset / column.column_id}"
+    low, high = LATENT_STD_RANGE
+    if not low <= result["latent_std"] <= high:
+        return f"{where}: latents' deviation {result['latent_std']}; wanted {low} to {high}"
+    psnr = result["psnr_db"]
+    if psnr and psnr["median"] < MIN_PSNR_DB:
+        return (
+            f"{where}: decoded images are not the source images (PSNR {psnr['median']} dB; wanted "
+            f"at least {MIN_PSNR_DB})"
+        )
+    return ""

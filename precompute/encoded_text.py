@@ -1,0 +1,73 @@
+"""Latents from the shards, text states from an encoder that runs along: the least bytes a sample.
+
+For datasets that store token ids alone: 154 bytes a caption, where states take 158 kB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from precompute.encoders import TextEncoder
+from precompute.model_folder import find_model
+from shards.batch import LatentBatch
+from shards.column import TextColumn
+from shards.dataset import Column
+from shards.errors import DatasetError
+from shards.reader import LatentReader
+
+
+class EncodedText:
+    """A `BatchSource` over a reader whose text column has token ids alone.
+
+    Args:
+        reader: of the dataset.
+        text: its text column; names the model.
+        device: where the text encoder runs.
+        model: diffusers model folder or hub id; default: the one that the dataset was made with.
+
+    Raises:
+        DatasetError: it is another text encoder than the one that the dataset was made for.
+    """
+
+    def __init__(
+        self,
+        reader: LatentReader,
+        text: Column[TextColumn],
+        *,
+        device: torch.device,
+        model: str = "",
+    ) -> None:
+        folder = find_model(model or text.model)
+        if folder.weights_sha256("text_encoder") != text.spec.weights_sha256:
+            raise DatasetError(
+                folder.path / "text_encoder",
+                "is another text encoder",
+                wanted=f"the one of {text.model}, which {text.column_id} was made for",
+                remedy="--model <its folder or hub id>, or precompute with this one",
+            )
+        on_gpu = device.type == "cuda"
+        dtype = getattr(torch, text.spec.compute_dtype) if on_gpu else torch.float32
+        self._encoder = TextEncoder(folder, device, dtype)
+        self._reader = reader
+        self.latent_shape = reader.latent_shape
+        self.scaling_factor = reader.scaling_factor
+        self.null_states: np.ndarray = self._encode(reader.null_input_ids[None])[0].cpu().numpy()
+        self.identity = f"encoded-{reader.identity}"
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs completed when `step` steps are done."""
+        return self._reader.epoch_at(step)
+
+    def iter_batches(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
+        """The reader's batches with states in place of token ids."""
+        for batch in self._reader.iter_batches(first_step, positions):
+            assert batch.input_ids is not None
+            yield replace(batch, states=self._encode(batch.input_ids), input_ids=None)
+
+    def _encode(self, input_ids: np.ndarray) -> torch.Tensor:
+        """States [B, T, D] float16, as a dataset would have them."""
+        return self._encoder.encode(input_ids).half()

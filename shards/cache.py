@@ -1,0 +1,122 @@
+"""A bounded local cache of a remote dataset's shards.
+
+Files are named by their content's hash, checked when they arrive, and shared by all processes and
+datasets on the machine. What was fetched first goes first when room is needed. A file that goes
+while a process has it mapped stays readable to that process until it lets go.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shards.canonical import sha256_of
+from shards.errors import CorruptFileError, UserError
+from shards.lock import held_file, is_held
+from shards.retry import REMOTE
+from shards.storage import TEMPORARY_SUFFIX, UPath, download
+
+DEFAULT_MAX_BYTES = 100 * 2**30
+
+
+def default_cache_folder() -> Path:
+    """`~/.cache/latentmill/shards`, or below `XDG_CACHE_HOME`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "latentmill" / "shards"
+
+
+class ShardCache:
+    """Local copies of remote files, at most `max_bytes` of them.
+
+    Args:
+        folder: where; made on first use.
+        max_bytes: for all processes that share the folder.
+    """
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self.folder = folder or default_cache_folder()
+        self.max_bytes = max_bytes
+
+    def fetch(self, where: UPath, num_bytes: int, sha256: str) -> Path:
+        """The local copy of a file, downloaded if it is not there yet.
+
+        Args:
+            where: the remote file.
+            num_bytes: its length, as its receipt says.
+            sha256: its hash, as its receipt says.
+
+        Raises:
+            CorruptFileError: what arrives, time and again, is not what the receipt says.
+            UserError: it is larger than the whole cache.
+            StorageError: it cannot be fetched.
+        """
+        path = self.folder / f"{sha256}{where.suffix}"
+        if path.exists():
+            return path
+        if num_bytes > self.max_bytes:
+            raise UserError(
+                self.folder,
+                f"holds {self.max_bytes:,} bytes, {where} has {num_bytes:,}",
+                remedy="a larger --cache-gib",
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        with held_file(temporary):  # another process may be fetching the same file
+            if path.exists():
+                temporary.unlink()
+                return path
+            try:
+                self._make_room(num_bytes)
+                _download_intact(where, temporary, num_bytes, sha256)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        return path
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete the oldest files until `num_bytes` more fit."""
+        files = []
+        for path in self.folder.iterdir():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # another process made room as well
+            if path.suffix != TEMPORARY_SUFFIX or not _is_being_written(path):
+                files.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def _is_being_written(path: Path) -> bool:
+    try:
+        return is_held(path)
+    except FileNotFoundError:
+        return False
+
+
+def _download_intact(where: UPath, to: Path, num_bytes: int, sha256: str) -> None:
+    """A transfer may be cut short, or damaged, without an error; so it is held to its hash."""
+    found = ""
+    for _ in range(REMOTE.attempts):
+        try:
+            download(where, to)
+        except FileNotFoundError:
+            raise CorruptFileError(
+                where,
+                "is missing",
+                remedy=f"python -m shards repair {where.parent.parent}, then the same precompute",
+            ) from None
+        if to.stat().st_size == num_bytes and sha256_of(to) == sha256:
+            return
+        found = f"{to.stat().st_size} bytes with sha256 {sha256_of(to)[:12]}…"
+    raise CorruptFileError(
+        where,
+        f"{found}, {REMOTE.attempts} times",
+        wanted=f"{num_bytes} bytes with {sha256[:12]}…, as its receipt says",
+        remedy=f"python -m shards repair {where.parent.parent}, then the same precompute again",
+    )

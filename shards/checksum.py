@@ -1,0 +1,29 @@
+"""A checksum for each stored row, cheap enough to check every row that training reads.
+
+The sum of a row's bytes as little-endian 64-bit words (the last one filled up with zeros), modulo
+2**64; where a row is spread over several arrays, the sum of their sums. Any change within a
+single word is found, and damage to many words but for one case in 2**64. numpy sums at a multiple
+of the speed of the copy that a batch is made by; a CRC would take longer than the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_WORD = np.dtype("<u8")
+
+
+def row_checksums(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Checksums uint64 [N] of the rows of arrays [N, ...] that belong together."""
+    total = np.zeros(len(arrays[0]), _WORD)
+    for array in arrays:
+        rows = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+        whole = rows.shape[1] // _WORD.itemsize * _WORD.itemsize
+        total += rows[:, :whole].view(_WORD).sum(axis=1, dtype=_WORD)
+        if rest := rows.shape[1] - whole:
+            last = np.zeros((len(rows), _WORD.itemsize), np.uint8)
+            last[:, :rest] = rows[:, whole:]
+            total += last.view(_WORD)[:, 0]
+    return total

@@ -1,0 +1,119 @@
+"""Rows of one column, copied out of its memory-mapped shards into batches, each row checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from shards.arrays import Arrays, repair_remedy
+from shards.checksum import row_checksums
+from shards.column import ColumnSpec
+from shards.dataset import Column
+from shards.errors import CorruptFileError
+
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
+
+# Open maps are bounded: a process may hold about 65,000 of them, a dataset may have more shards.
+MAX_OPEN_SHARDS = 1024
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A mapped shard: the arrays whose rows make a batch, and their checksums."""
+
+    arrays: tuple[np.ndarray, ...]
+    checksum: np.ndarray
+
+
+class RowGatherer:
+    """Gathers rows of one column.
+
+    Args:
+        column: of an open dataset.
+        shards: names of its shards; a shard is then known by its index in this list.
+        allocate: makes a batch's buffers from shape and dtype.
+        max_open: shards that stay mapped.
+    """
+
+    def __init__(
+        self,
+        column: Column[Any],
+        shards: list[str],
+        allocate: Allocate,
+        max_open: int = MAX_OPEN_SHARDS,
+    ) -> None:
+        self.column = column
+        self._shards, self._allocate = shards, allocate
+        spec: ColumnSpec = column.spec
+        self._row_arrays = [(n, np.dtype(d), shape) for n, (d, shape) in spec.row_arrays.items()]
+        self._open_shard = lru_cache(maxsize=max_open)(self._map_shard)
+
+    def gather(self, shards: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+        """Copy rows, in the order asked for.
+
+        Args:
+            shards: int64 [B], indices of shards.
+            rows: int64 [B], rows within them.
+
+        Returns:
+            one array [B, ...] for each of the column's row arrays (`ColumnSpec.row_arrays`).
+
+        Raises:
+            CorruptFileError: a shard is missing, cut short or not what its column says, or a row
+                does not match its checksum.
+        """
+        batch = [self._allocate((len(rows), *shape), dtype) for _, dtype, shape in self._row_arrays]
+        checksums = np.empty(len(rows), np.uint64)
+        is_open = {index: self._open_shard(index) for index in set(shards.tolist())}
+        # Row by row, straight into place: indexing with an array would copy everything twice.
+        for at, (index, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            shard = is_open[index]
+            for target, source in zip(batch, shard.arrays, strict=True):
+                target[at] = source[row]
+            checksums[at] = shard.checksum[row]
+        wrong = np.flatnonzero(row_checksums(batch) != checksums)
+        if len(wrong):
+            self._refuse_row(int(shards[wrong[0]]), int(rows[wrong[0]]))
+        return batch
+
+    def _refuse_row(self, index: int, row: int) -> None:
+        where = self.column.path_of(self._shards[index])
+        raise CorruptFileError(
+            where, f"row {row} does not match its checksum", remedy=repair_remedy(where)
+        )
+
+    def _map_shard(self, index: int) -> _OpenShard:
+        name = self._shards[index]
+        arrays = self.column.map_shard(name)
+        where = self.column.path_of(name)
+        return _OpenShard(
+            tuple(
+                expect_array(arrays, key, dtype, shape, where)
+                for key, dtype, shape in self._row_arrays
+            ),
+            expect_array(arrays, "checksum", np.dtype(np.uint64), (), where),
+        )
+
+
+def expect_array(
+    arrays: Arrays, name: str, dtype: np.dtype, row_shape: tuple[int, ...], where: object
+) -> np.ndarray:
+    """One array of a shard, held to the dtype and the row shape that it must have.
+
+    Raises:
+        CorruptFileError: it is not there, or another.
+    """
+    array = arrays.get(name)
+    if array is None or array.dtype != dtype or array.ndim == 0 or array.shape[1:] != row_shape:
+        found = "no" if array is None else f"{array.dtype} {list(array.shape)}"
+        raise CorruptFileError(
+            where,
+            f"{found} {name}",
+            wanted=f"{dtype} {['N', *row_shape]}",
+            remedy=repair_remedy(where),  # type: ignore[arg-type]
+        )
+    return array

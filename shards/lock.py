@@ -1,0 +1,84 @@
+"""Locks on local files: one writer at a time. They die with their process and leave nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.errors import UserError
+
+
+@contextmanager
+def sole_writer(folder: Path, wait_sec: float = 0.0) -> Iterator[None]:
+    """Hold a folder against a second writing process on this machine.
+
+    The lock lives on the folder itself, so it leaves no file behind and dies with its process.
+
+    Args:
+        folder: is made when missing.
+        wait_sec: how long to wait for a process that is about to end.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(folder, f"cannot be written to ({error.strerror})") from None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + wait_sec
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                remedy = "wait for it to end, or name another folder"
+                raise UserError(folder, "another process is writing here", remedy=remedy)
+            time.sleep(0.2)  # a lock with a deadline can only be polled
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def held_file(path: Path) -> Iterator[None]:
+    """Create a file, or take over one that a killed process left, and hold it.
+
+    Waits while another process holds it. The holder may rename or delete the file.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(descriptor, path):
+                continue  # its last holder renamed it away while we waited
+            yield
+            return
+        finally:
+            os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
