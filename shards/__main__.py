@@ -109,10 +109,11 @@ def run_info(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Is it whole?"""
-    problems = []
+    problems, redo = [], False
     with _bytes_bar(args, args.dataset if args.full else None) as bar:
         for problem in iter_problems(args.dataset, full=args.full, on_bytes=bar.update):
             problems.append(str(problem))
+            redo = redo or problem.redo is not None
             if not args.json:
                 bar.write(str(problem))
     decoded: list[Json] = []
@@ -128,6 +129,8 @@ def run_verify(args: argparse.Namespace) -> int:
         checked = "every byte" if args.full else "receipts, lengths and sums"
         verdict = f"{len(problems)} problems" if problems else f"clean ({checked} checked)"
         print(f"{args.dataset}: {verdict}")
+        if redo:
+            print(f"Remedy: python -m shards repair {args.dataset}, then the same precompute again")
     return 1 if problems else 0
 
 

@@ -8,6 +8,7 @@ of the speed of the copy that a batch is made by; a CRC would take longer than t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,8 @@ def row_checksums(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Checksums uint64 [N] of the rows of arrays [N, ...] that belong together."""
     total = np.zeros(len(arrays[0]), _WORD)
     for array in arrays:
-        rows = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+        row_length = math.prod(array.shape[1:])
+        rows = np.ascontiguousarray(array).reshape(len(array), row_length).view(np.uint8)
         whole = rows.shape[1] // _WORD.itemsize * _WORD.itemsize
         total += rows[:, :whole].view(_WORD).sum(axis=1, dtype=_WORD)
         if rest := rows.shape[1] - whole:

@@ -34,11 +34,16 @@ class ColumnSpec(ABC):
     """
 
     kind: ClassVar[str]
+    storage_dtypes: ClassVar[tuple[str, ...]]
     weights_sha256: str
     encoder_config: Json
     compute_dtype: str
     storage_dtype: str
     quantization: Json = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.storage_dtype not in self.storage_dtypes:
+            raise ValueError(f"storage {self.storage_dtype}, wanted one of {self.storage_dtypes}")
 
     @property
     @abstractmethod
@@ -76,12 +81,18 @@ class ImageColumn(ColumnSpec):
     """
 
     kind: ClassVar[str] = "image"
+    storage_dtypes: ClassVar[tuple[str, ...]] = ("float16", "int8")
     latents: str = "moments"
     resolution: int
     latent_channels: int
     latent_size: int
     scaling_factor: float
     transform: Json
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents not in ("moments", "mean"):
+            raise ValueError(f"latents {self.latents}, wanted moments or mean")
 
     @property
     def name(self) -> str:
@@ -117,6 +128,7 @@ class TextColumn(ColumnSpec):
     """
 
     kind: ClassVar[str] = "text"
+    storage_dtypes: ClassVar[tuple[str, ...]] = ("float16", "int8", "none")
     num_tokens: int
     dim: int
     tokenizer_sha256: str
@@ -163,7 +175,7 @@ def column_from_json(document: Json, where: object) -> ColumnSpec:
     kinds: dict[str, type[ColumnSpec]] = {"image": ImageColumn, "text": TextColumn}
     try:
         return kinds[fields.pop("kind")](**fields)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(
             where, f"not a column spec ({error})", remedy="precompute the column again"
         ) from None

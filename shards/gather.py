@@ -90,13 +90,16 @@ class RowGatherer:
         name = self._shards[index]
         arrays = self.column.map_shard(name)
         where = self.column.path_of(name)
-        return _OpenShard(
-            tuple(
-                expect_array(arrays, key, dtype, shape, where)
-                for key, dtype, shape in self._row_arrays
-            ),
-            expect_array(arrays, "checksum", np.dtype(np.uint64), (), where),
+        checksum = expect_array(arrays, "checksum", np.dtype(np.uint64), (), where)
+        found = tuple(
+            expect_array(arrays, key, dtype, shape, where) for key, dtype, shape in self._row_arrays
         )
+        lengths = {len(array) for array in (checksum, *found)}
+        if len(lengths) > 1:
+            raise CorruptFileError(
+                where, f"arrays of {sorted(lengths)} rows", remedy=repair_remedy(where)
+            )
+        return _OpenShard(found, checksum)
 
 
 def expect_array(

@@ -38,8 +38,6 @@ from shards.storage import (
     size_of,
 )
 
-_REDO = "python -m shards repair, then precompute, makes it again"
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -157,10 +155,10 @@ def _receipts(folder: Location, sizes: dict[str, int]) -> Iterator[_File | Probl
 def _problems_of(file: _File, ledgers: dict[str, Receipt], *, full: bool) -> Iterator[Problem]:
     receipt, shard = file.receipt, file.receipt.shard
     if file.num_bytes is None:
-        yield file.problem(f"is missing, its receipt is there; {_REDO}")
+        yield file.problem("is missing, its receipt is there")
         return
     if file.num_bytes != receipt.data_bytes:
-        yield file.problem(f"{file.num_bytes} bytes; wanted {receipt.data_bytes}; {_REDO}")
+        yield file.problem(f"{file.num_bytes} bytes; wanted {receipt.data_bytes}")
         return
     if shard != NULL:
         if shard not in ledgers:
@@ -169,7 +167,7 @@ def _problems_of(file: _File, ledgers: dict[str, Receipt], *, full: bool) -> Ite
             found = f"accounts for {receipt.rows_in} rows; ledger has {ledgers[shard].rows_in}"
             yield file.problem(found)
     if full and (text := _content_problem(file)):
-        yield file.problem(f"{text}; {_REDO}")
+        yield file.problem(text)
 
 
 def _content_problem(file: _File) -> str:
@@ -230,7 +228,7 @@ def _column_problem(arrays: Arrays, receipt: Receipt) -> str:
         return "an index points outside"
     for name in spec.row_arrays:
         if not all(np.isfinite(row).all() for row in arrays[name]):
-            return f"{name} holds a number that is not finite"
+            return f"{name}: a number is not finite"
     wrong = np.flatnonzero(
         row_checksums([arrays[name] for name in spec.row_arrays]) != arrays["checksum"]
     )

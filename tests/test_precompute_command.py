@@ -105,7 +105,7 @@ def test_small_pictures_are_no_dropped_rows(run):
         ({"resolutions": "0"}, "--resolutions: 0; wanted multiples of 8"),
         ({"dtype": "int8"}, "--dtype: int8; wanted one of auto"),
         ({"device": "toaster"}, "--device: toaster"),
-        ({"out": "s3://bucket/latents"}, "--out: s3://bucket/latents; wanted a local folder"),
+        ({"out": "nowhere://bucket/latents"}, "nowhere://bucket/latents: cannot be reached"),
         ({"out": "{tmp}/file"}, "file: cannot be written to"),
         ({"out": "{tmp}/file/below"}, "below: cannot be written to"),
     ],

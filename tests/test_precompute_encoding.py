@@ -145,7 +145,7 @@ def test_every_caption_is_stored_once(latent_dataset):
 def test_null_states_are_those_of_the_empty_caption(latent_dataset, model_folder):
     dataset = Dataset(latent_dataset)
     ids, states = plain_states(model_folder, [""])
-    found = dataset.null_states(dataset.text_column())
+    found = dataset.read_null(dataset.text_column())["states"]
     assert np.allclose(found, states[0], rtol=2**-10, atol=1e-5)
     assert map_arrays(column_file(dataset, "text", "null"))["input_ids"].tolist() == ids[0].tolist()
 

@@ -22,6 +22,7 @@ from precompute.job import PrecomputeConfig, precompute
 from shards.column import Json
 from shards.errors import DatasetError, UserError
 from shards.lock import sole_writer
+from shards.repair import repair
 from shards.verify import iter_problems
 
 
@@ -229,10 +230,10 @@ def test_a_damaged_receipt_is_refused_and_its_remedy_helps(run, tmp_path):
     before = contents(out)
     for path in sorted(out.glob("*/*.json")):
         path.write_bytes(path.read_bytes().replace(b"rows", b"Rows"))
-        with pytest.raises(DatasetError, match="delete it and run the same precompute") as error:
+        with pytest.raises(DatasetError, match="python -m shards repair") as error:
             run()
         assert str(path) in str(error.value)
-        path.unlink()
+        repair(out)
         run()
         assert contents(out) == before
 

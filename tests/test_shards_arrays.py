@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from shards.arrays import Arrays, map_arrays, write_arrays
+from shards.arrays import Arrays, map_arrays, save_arrays
 from shards.errors import CorruptFileError
 
 
@@ -43,7 +43,7 @@ def rewrite_header(path: Path, header: bytes) -> None:
 @pytest.fixture
 def array_file(tmp_path: Path) -> Path:
     path = tmp_path / "00000.safetensors"
-    write_arrays(path, all_sorts_of_arrays())
+    save_arrays(path, all_sorts_of_arrays())
     return path
 
 
@@ -62,19 +62,19 @@ def test_we_read_what_the_safetensors_library_writes_with_its_metadata(tmp_path)
 
 def test_arrays_of_no_rows_alone_round_trip(tmp_path):
     empty = {"moments": np.empty((0, 8, 4, 4), np.float16), "row": np.empty(0, np.int32)}
-    write_arrays(tmp_path / "x.safetensors", empty)
+    save_arrays(tmp_path / "x.safetensors", empty)
     assert_equal_bits(map_arrays(tmp_path / "x.safetensors"), empty)
 
 
 def test_an_array_that_is_a_view_is_written_as_it_reads(tmp_path):
     turned = np.arange(12, dtype=np.int32).reshape(3, 4).T[::-1]
-    write_arrays(tmp_path / "x.safetensors", {"row": turned})
+    save_arrays(tmp_path / "x.safetensors", {"row": turned})
     assert map_arrays(tmp_path / "x.safetensors")["row"].tolist() == turned.tolist()
 
 
 def test_equal_arrays_make_equal_files(tmp_path):
     for name in "ab":
-        write_arrays(tmp_path / name, all_sorts_of_arrays())
+        save_arrays(tmp_path / name, all_sorts_of_arrays())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

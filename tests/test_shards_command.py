@@ -28,10 +28,10 @@ def status_of(*args: object) -> int:
 def test_info_shows_columns_rows_and_what_is_absent(dataset, capsys):
     assert status_of("info", dataset) == 0
     text = capsys.readouterr().out
-    assert "18 source rows in 2 shards, 14 ok" in text
+    assert "18 source rows in 2 shards, 4 dropped" in text
     for column in Dataset(dataset).columns.values():
         assert column.column_id in text
-    assert "2 too_small at 64 px" in text
+    assert "absent: 2 too_small" in text
     assert "4 broken_image" in text
     assert "1.000" in text
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import rewrite_receipt
 
 from shards.column import ImageColumn, Json
 from shards.dataset import Dataset, build_manifest, write_manifest
 from shards.errors import CorruptFileError, DatasetError
-from shards.receipt import Receipt, read_receipt, write_receipt
+from shards.receipt import Receipt, read_receipt
 
 SMALL = {"num_tokens": 5, "dim": 8, "captions_per_shard": 2}
 
@@ -37,7 +38,7 @@ def change_receipts(folder: Path, change: Callable[[Json], Any]) -> None:
     for path in folder.glob("0*.json"):
         fields = dict(vars(read_receipt(path)))
         change(fields)
-        write_receipt(path.with_suffix(".safetensors"), Receipt(**fields))
+        rewrite_receipt(path.with_suffix(".safetensors"), Receipt(**fields))
 
 
 def check(path: Path, resolution: int = 64) -> None:
@@ -273,4 +274,4 @@ def test_a_shard_of_another_length_is_refused_by_name(dataset):
 
 
 def test_the_states_of_the_empty_caption_are_those_of_the_null_file(dataset):
-    assert dataset.null_states(dataset.text_column()).shape == (5, 8)
+    assert dataset.read_null(dataset.text_column())["states"].shape == (5, 8)

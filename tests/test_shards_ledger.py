@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.errors import CorruptFileError
-from shards.ledger import OK, LedgerRow, count_reasons, read_ledger, write_ledger
+from shards.ledger import OK, LedgerRow, count_reasons, read_ledger, save_ledger
 
 ROWS = [
     LedgerRow(
@@ -29,12 +29,12 @@ def metadata_column(tmp_path: Any, values: list[Any]) -> list[Any]:
     """What becomes of one metadata field with these values."""
     path = tmp_path / "ledger.parquet"
     rows = [LedgerRow(key=str(n), status=OK, metadata={"x": v}) for n, v in enumerate(values)]
-    write_ledger(path, rows)
+    save_ledger(path, rows)
     return [row["x"] for row in read_ledger(path, ["x"])]
 
 
 def test_rows_come_back_in_order(tmp_path):
-    write_ledger(tmp_path / "00000.parquet", ROWS)
+    save_ledger(tmp_path / "00000.parquet", ROWS)
     found = read_ledger(
         tmp_path / "00000.parquet",
         ["key", "status", "caption", "url", "width", "height", "sha256", "similarity", "NSFW"],
@@ -57,7 +57,7 @@ def test_rows_come_back_in_order(tmp_path):
 
 def test_own_columns_come_first_and_a_taken_name_gets_a_prefix(tmp_path):
     path = tmp_path / "00000.parquet"
-    write_ledger(path, [LedgerRow(key="1", status=OK, metadata={"key": "theirs", "a": 1})])
+    save_ledger(path, [LedgerRow(key="1", status=OK, metadata={"key": "theirs", "a": 1})])
     own = ["key", "status", "caption", "url", "width", "height", "sha256"]
     assert pq.read_schema(path).names == [*own, "a", "source_key"]
     assert read_ledger(path, ["key", "source_key"]) == [{"key": "1", "source_key": "theirs"}]
@@ -66,19 +66,19 @@ def test_own_columns_come_first_and_a_taken_name_gets_a_prefix(tmp_path):
 def test_a_field_that_bears_the_name_of_a_prefixed_one_is_kept_as_well(tmp_path):
     path = tmp_path / "00000.parquet"
     metadata = {"key": "theirs", "source_key": "another"}
-    write_ledger(path, [LedgerRow(key="1", status=OK, metadata=metadata)])
+    save_ledger(path, [LedgerRow(key="1", status=OK, metadata=metadata)])
     (row,) = pq.read_table(path).to_pylist()
     assert {"theirs", "another"} <= set(row.values())
 
 
 def test_a_ledger_of_no_rows_is_a_ledger(tmp_path):
-    write_ledger(tmp_path / "00000.parquet", [])
+    save_ledger(tmp_path / "00000.parquet", [])
     assert read_ledger(tmp_path / "00000.parquet") == []
 
 
 def test_equal_rows_make_equal_files(tmp_path):
     for name in "ab":
-        write_ledger(tmp_path / name, ROWS)
+        save_ledger(tmp_path / name, ROWS)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -129,6 +129,6 @@ def test_an_unreadable_ledger_is_named_with_a_remedy(tmp_path, data):
 
 
 def test_a_column_that_the_ledger_lacks_is_an_error_of_ours_to_name(tmp_path):
-    write_ledger(tmp_path / "00000.parquet", ROWS)
+    save_ledger(tmp_path / "00000.parquet", ROWS)
     with pytest.raises(CorruptFileError, match="aesthetic"):
         read_ledger(tmp_path / "00000.parquet", ["key", "aesthetic"])

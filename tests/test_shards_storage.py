@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 from shards.canonical import canonical_json, sha256_of
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
 from shards.lock import sole_writer
 from shards.storage import write_text_whole, write_whole
 
@@ -32,7 +32,7 @@ def test_a_write_that_fails_half_way_leaves_no_visible_file(tmp_path):
         temporary.write_bytes(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"file\.bin: cannot be written \(disk full\)"):
         write_whole(tmp_path / "file.bin", write_half)
     assert not (tmp_path / "file.bin").exists()
 
@@ -155,7 +155,10 @@ def test_a_second_writer_that_may_wait_gets_its_turn(tmp_path):
 
 
 def test_the_lock_is_free_after_an_error(tmp_path):
-    with pytest.raises(OSError, match="disk full"), sole_writer(tmp_path):
+    with (
+        pytest.raises(OSError, match="disk full"),
+        sole_writer(tmp_path),
+    ):
         raise OSError("disk full")
     with sole_writer(tmp_path):
         assert names_in(tmp_path) == []

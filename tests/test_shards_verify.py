@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import rewrite_receipt
 
-from shards.arrays import map_arrays, write_arrays
+from shards.arrays import map_arrays, save_arrays
 from shards.dataset import Dataset, write_manifest
 from shards.errors import DatasetError
-from shards.receipt import Receipt, file_facts, read_receipt, write_receipt
+from shards.receipt import Receipt, file_facts, read_receipt
 from shards.verify import iter_problems
 
 
@@ -31,15 +32,15 @@ def column_folder(dataset: Path, name: str) -> Path:
 
 
 def problems(dataset: Path, *, full: bool = True) -> list[str]:
-    return list(iter_problems(dataset, full=full))
+    return list(map(str, iter_problems(dataset, full=full)))
 
 
 def replace_arrays(path: Path, **changed: np.ndarray) -> None:
     """Write other arrays with a receipt that fits: what a faulty writer would leave."""
     arrays = {name: np.array(array) for name, array in map_arrays(path).items()}
     fields = vars(read_receipt(path.with_suffix(".json")))
-    write_arrays(path, {**arrays, **changed})
-    write_receipt(path, Receipt(**{**fields, **file_facts(path)}))
+    save_arrays(path, {**arrays, **changed})
+    rewrite_receipt(path, Receipt(**{**fields, **file_facts(path)}))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -120,7 +121,8 @@ def test_what_a_killed_writer_left_is_reported_as_unfinished(dataset):
     (folder / "00010.safetensors.partial").write_bytes(b"half")
     found = problems(dataset, full=False)
     assert len(found) == 2
-    assert all("not finished" in line for line in found)
+    assert "00009.safetensors: no receipt: not finished" in found[0]
+    assert "00010.safetensors.partial: a temporary file" in found[1]
 
 
 def test_a_manifest_that_lags_is_found_and_index_repairs_it(dataset):
@@ -194,13 +196,13 @@ def test_a_number_that_is_not_finite_is_found_by_full(dataset, name, array, valu
     replace_arrays(path, **{array: values})
     write_manifest(dataset)
     (line,) = problems(dataset)
-    assert line == f"{path}: holds a number that is not finite"
+    assert line == f"{path}: {array}: a number is not finite"
 
 
 def test_a_ledger_whose_statuses_are_not_those_of_its_receipt_is_found(dataset):
     path = dataset / "ledger" / "00000.parquet"
     fields = vars(read_receipt(path.with_suffix(".json")))
-    write_receipt(path, Receipt(**{**fields, "rows": 5, "absent": {"broken_image": 3}}))
+    rewrite_receipt(path, Receipt(**{**fields, "rows": 5, "absent": {"broken_image": 3}}))
     write_manifest(dataset)
     assert any(line.startswith(f"{path}: ") for line in problems(dataset))
 
@@ -208,7 +210,7 @@ def test_a_ledger_whose_statuses_are_not_those_of_its_receipt_is_found(dataset):
 def test_accounts_of_different_lengths_are_found(dataset):
     path = column_folder(dataset, "text") / "00000.safetensors"
     fields = vars(read_receipt(path.with_suffix(".json")))
-    write_receipt(path, Receipt(**{**fields, "rows_in": 9, "absent": {"broken_image": 3}}))
+    rewrite_receipt(path, Receipt(**{**fields, "rows_in": 9, "absent": {"broken_image": 3}}))
     write_manifest(dataset)
     assert problems(dataset, full=False) == [f"{path}: accounts for 9 rows; ledger has 8"]
 
