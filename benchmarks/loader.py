@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.loader_arms import (
     PEERS,
+    SETTINGS,
     Arm,
     ArmSpec,
     own_arms,
@@ -44,12 +45,12 @@ class LoaderConfig:
     """Samples, 223 kB each; every arm has a copy that must fit the page cache with the others'."""
     batch_size: int = 32
     """Samples per batch; divides the samples."""
-    blocks: int = 7
+    blocks: int = 15
     """Timed blocks for each arm; a block is one pass over the samples."""
     warmup: int = 8
     """Batches at the start of each block that are not timed; more than the reader runs ahead."""
     shards: int = 8
-    """Shards in each arm's format."""
+    """Shards in each arm's format, but for litdata's, whose chunks are its shuffle window."""
     peers: str = "all"
     """Comma-separated: webdataset, mds, litdata; or all; or none."""
     scratch: str = "data"
@@ -86,6 +87,7 @@ def measure(config: LoaderConfig) -> dict[str, Any]:
         "theme": "loader",
         "protocol": asdict(config),
         "sample_bytes": SAMPLE_BYTES,
+        "arm_environment": SETTINGS,
         "arms": found,
         "absent_peers": absent,
         **compare(found),
@@ -242,15 +244,15 @@ def print_table(result: dict[str, Any]) -> None:
         f"{protocol['batch_size']}, {protocol['blocks']} blocks, {env['device']}, page cache"
     )
     print(f"{'':<13}{'samples/s':>10}{'p10-p90':>16}{'GB/s':>7}{'of memcpy':>11}", end="")
-    print(f"{'CPU us':>8}{'calls':>8} per sample{'shuffle':>9}")
+    print(f"{'CPU us':>8}{'calls':>7}  per sample{'shuffle':>9}")
     for name, arm in result["arms"].items():
         speed = arm["samples_per_sec"]
         print(
             f"{name:<13}{speed['median']:>10,.0f}"
             f"{speed['p10']:>9,.0f}-{speed['p90']:<6,.0f}"
             f"{arm['bytes_per_sec']['median'] / 1e9:>7.2f}{arm['memcpy_frac']['median']:>11.0%}"
-            f"{arm['cpu_us_per_sample']['median']:>8.1f}{arm['calls_per_sample']:>8.1f}{'':<11}"
-            f"{arm.get('shuffle_distance', float('nan')):>9.2f}"
+            f"{arm['cpu_us_per_sample']['median']:>8.1f}{arm['calls_per_sample']:>7.1f}{'':<12}"
+            + (f"{arm['shuffle_distance']:>9.2f}" if "shuffle_distance" in arm else "")
         )
     if result["best_peer"]:
         ratio = result["ours_over_best_peer"]

@@ -15,6 +15,15 @@ from typing import IO, Any
 from benchmarks.peers.samples import SHAPES
 from shards.errors import UserError
 
+# Environment variables of every arm's process; each of them helps a peer.
+SETTINGS = {
+    # What `accelerate launch` gives; the fastest peer is faster with one thread than with two.
+    "OMP_NUM_THREADS": "1",
+    # The allocator keeps what was freed. Left to itself it gives batches back to the system now and
+    # then, and what the page faults cost is then chance: litdata is 3 times as slow on a bad day.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
 PEERS = ("webdataset", "mds", "litdata")
 
 _FOLDER = Path(__file__).parent
@@ -140,10 +149,9 @@ def _peer_command(python: Path, peer: str, *arguments: object) -> tuple[str, ...
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """No network, and nothing written outside the benchmark's folder."""
+    """Settings, no network, and nothing written outside the benchmark's folder."""
     folders = {name: str(scratch) for name in ("TMPDIR", "LITDATA_CACHE_DIR")}
-    # One thread: that is what `accelerate launch` gives, and what the fastest peer is fastest with.
-    return {**os.environ, **folders, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **SETTINGS, **folders, "HF_HUB_OFFLINE": "1"}
 
 
 @contextmanager
