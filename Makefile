@@ -52,7 +52,7 @@ bench: $(READY)  ## online against offline training, side by side (last line: JS
 peers: $(PEERS_READY)  ## other people's loaders, in an environment of their own, for python -m benchmarks loader
 
 $(PEERS_READY): benchmarks/peers/requirements.txt
-	@echo "setting up $(PEERS) (1.9 GB); this happens once"
+	@echo "setting up $(PEERS) (1.9 GB, minutes); this happens once"
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
@@ -76,7 +76,7 @@ tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45
 	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)
 
 clean:  ## remove .venv, .venv-peers, caches and the demo's data (never data/latents, never other runs)
-	rm -rf $(VENV) $(PEERS) data/demo data/bench runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) data/demo data/bench data/loader-* runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help setup demo precompute train bench peers test check plan report tiny-model clean

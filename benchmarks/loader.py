@@ -154,7 +154,7 @@ def _run_arms(config: LoaderConfig, arms: Sequence[Arm]) -> dict[str, dict[str, 
         found[spec.name] = {"kind": spec.kind, "arrays": list(spec.arrays), **arm.facts}
         if spec.arrays:  # memcpy has no samples
             answer = arm.ask("digest", 0, num_batches)
-            check_delivered(spec, answer["numbers"], answer["digests"])
+            check_delivered(spec, answer["numbers"], answer["digests"], config.num_samples)
             found[spec.name]["shuffle_distance"] = shuffle_distance(
                 answer["numbers"], config.num_samples
             )
@@ -175,17 +175,24 @@ def _run_arms(config: LoaderConfig, arms: Sequence[Arm]) -> dict[str, dict[str, 
     return found
 
 
-def check_delivered(spec: ArmSpec, numbers: Sequence[int], digests: Sequence[str]) -> None:
+def check_delivered(
+    spec: ArmSpec, numbers: Sequence[int], digests: Sequence[str], wanted: int
+) -> None:
     """Hold what an arm delivered to what was written.
 
     Args:
         spec: the arm.
         numbers: of the samples, as the arm gave them.
         digests: of the samples' bytes.
+        wanted: how many samples those batches should have held.
 
     Raises:
-        UserError: other bytes; no time is reported then.
+        UserError: other bytes, or another number of samples; no time is reported then.
     """
+    if len(numbers) != wanted:
+        raise UserError(
+            f"loader arm {spec.name}", f"delivered {len(numbers)} samples", wanted=f"{wanted}"
+        )
     for number, found in zip(numbers, digests, strict=True):
         if found != expected_digest(number, spec.arrays):
             raise UserError(

@@ -86,18 +86,20 @@ def test_our_arms_deliver_every_sample_once_with_its_bytes(dataset, arrays):
     batches.close()
     assert sorted(answer["numbers"]) == list(range(24))
     spec = ArmSpec(name="ours", kind="ours", command=(), arrays=tuple(arrays))
-    check_delivered(spec, answer["numbers"], answer["digests"])
+    check_delivered(spec, answer["numbers"], answer["digests"], 24)
 
 
 def test_an_arm_that_delivers_other_bytes_is_refused():
     spec = ArmSpec(name="mds", kind="peer", command=())
     samples = {number: draw_sample(number) for number in (3, 5)}
-    check_delivered(spec, [3, 5], [digest(samples[3]), digest(samples[5])])
+    check_delivered(spec, [3, 5], [digest(samples[3]), digest(samples[5])], 2)
     samples[5]["states"][76, 1023] += 1
     with pytest.raises(UserError, match=r"mds.*other bytes than sample 5"):
-        check_delivered(spec, [3, 5], [digest(samples[3]), digest(samples[5])])
+        check_delivered(spec, [3, 5], [digest(samples[3]), digest(samples[5])], 2)
     with pytest.raises(UserError, match="sample 3"):
-        check_delivered(spec, [3], [digest({"states": draw_sample(3)["states"]})])
+        check_delivered(spec, [3], [digest({"states": draw_sample(3)["states"]})], 1)
+    with pytest.raises(UserError, match="delivered 0 samples"):
+        check_delivered(spec, [], [], 2)
 
 
 def test_a_batch_that_is_no_array_in_one_piece_is_refused():
