@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/ready
+PEERS       := .venv-peers
+PEERS_READY := $(PEERS)/ready
 # A machine with an NVIDIA GPU gets the GPU extra (xFormers) from the same commands.
 EXTRAS := dev$(shell nvidia-smi -L >/dev/null 2>&1 && echo ,gpu)
 
@@ -47,6 +49,14 @@ train: $(READY)  ## stage 2: train on data/latents with the preset that fits it 
 bench: $(READY)  ## online against offline training, side by side (last line: JSON)
 	@$(PY) -m benchmarks $(ARGS)
 
+peers: $(PEERS_READY)  ## other people's loaders, in an environment of their own, for python -m benchmarks loader
+
+$(PEERS_READY): benchmarks/peers/requirements.txt
+	@echo "setting up $(PEERS) (1.9 GB, minutes); this happens once"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 test: $(READY)  ## all tests (ARGS="-k order")
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
 
@@ -65,8 +75,8 @@ report:  ## runs and results as one HTML page (not there yet)
 tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45 minutes on 2 cores)
 	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)
 
-clean:  ## remove .venv, caches and the demo's data (never data/latents, never other runs)
-	rm -rf $(VENV) data/demo data/bench runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean:  ## remove .venv, .venv-peers, caches and the demo's data (never data/latents, never other runs)
+	rm -rf $(VENV) $(PEERS) data/demo data/bench data/loader-* runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo precompute train bench test check plan report tiny-model clean
+.PHONY: help setup demo precompute train bench peers test check plan report tiny-model clean

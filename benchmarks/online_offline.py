@@ -212,3 +212,31 @@ def totals(online: float, offline: float, encode: float) -> dict[str, Any]:
         },
         "break_even_epochs": (1 / encode) / gain if gain > 0 else None,
     }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The result for people."""
+    env = result["environment"]
+    print(
+        f"\n{result['preset']} at {result['resolution']} px, batch {result['global_batch_size']}, "
+        f"{env['device']}, torch {env['versions']['torch']}"
+    )
+    print(f"{'arm':<10}{'it/s':>8}{'img/s':>9}   p10-p90 img/s")
+    for arm, speed in result["images_per_sec"].items():
+        iters = result["iters_per_sec"][arm]["median"]
+        print(
+            f"{arm:<10}{iters:>8.2f}{speed['median']:>9.1f}   {speed['p10']:.1f}-{speed['p90']:.1f}"
+        )
+    speedup, flops = result["offline_speedup"], result["flops_per_image"]
+    print(
+        f"offline is {speedup['median']:.2f}x as fast (p10-p90 {speedup['p10']:.2f}-"
+        f"{speedup['p90']:.2f}); FLOPs alone predict {result['flops_predicted_speedup']:.2f}x"
+    )
+    print("GFLOP per image: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in flops.items()))
+    with_stage1 = result["totals"]["speedup_with_stage1"]
+    print(
+        f"with stage 1 counted ({result['stage1_images_per_sec']:.0f} img/s): "
+        + ", ".join(f"{ratio:.2f}x after {epochs} epochs" for epochs, ratio in with_stage1.items())
+    )
+    break_even = result["totals"]["break_even_epochs"]
+    print(f"break-even: {break_even:.1f} epochs" if break_even else "break-even: never")

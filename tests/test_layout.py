@@ -77,6 +77,7 @@ COMMANDS = [
     ("-m", "evaluate"),
     ("-m", "evaluate", "sample"),
     ("-m", "benchmarks"),
+    ("-m", "benchmarks", "loader"),
     ("-m", "examples.demo"),
     ("-m", "examples.scenes"),
 ]

@@ -1,0 +1,78 @@
+"""Our arms of the loader benchmark as processes: the reader of latent shards, and memcpy.
+
+python -m benchmarks.loader_own read <dataset> <batch size> <arrays>
+python -m benchmarks.loader_own memcpy <number of samples> <batch size>
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from benchmarks.loader_data import IMAGE, LIGHT_IMAGE, LIGHT_TEXT, TEXT
+from benchmarks.peers.samples import SAMPLE_BYTES, SHAPES, Batch
+from benchmarks.peers.worker import serve
+from shards.dataset import Dataset
+from shards.order import choose_partitions
+from shards.reader import LatentReader
+
+# More than the CPU caches hold, and no more of them than a reader that runs ahead has in flight.
+_MEMCPY_BUFFERS = 6
+
+
+def build_reader(dataset: Dataset, batch_size: int, arrays: list[str]) -> LatentReader:
+    """The reader over the columns of these arrays; the others are replaced by light ones."""
+    image = IMAGE if "moments" in arrays else LIGHT_IMAGE
+    text = TEXT if "states" in arrays else LIGHT_TEXT
+    return LatentReader(
+        dataset,
+        dataset.image_column(image.resolution),
+        dataset.text_column(text.column_id),
+        seed=0,
+        global_batch_size=batch_size,
+        num_partitions=choose_partitions(batch_size),
+    )
+
+
+def read_batches(reader: LatentReader, batch_size: int, arrays: list[str]) -> Iterator[Batch]:
+    """What the trainer gets, through the reader's background thread."""
+    for batch in reader.iter_batches(0, range(batch_size)):
+        found = {"moments": batch.moments, "states": batch.states}
+        yield {"sample": batch.samples, **{name: found[name] for name in arrays}}
+
+
+def copy_batches(num_samples: int, batch_size: int) -> Iterator[Batch]:
+    """As many bytes as a batch has, copied in one piece between buffers that stay.
+
+    Reads through an array as large as the dataset, so that nothing comes from the CPU's caches.
+    """
+    sample_bytes = sum(SAMPLE_BYTES.values())
+    source = np.ones((num_samples, sample_bytes), np.uint8)
+    buffers = np.ones((_MEMCPY_BUFFERS, batch_size, sample_bytes), np.uint8)
+    numbers = np.arange(batch_size)
+    turn = 0
+    while True:
+        for first in range(0, num_samples - batch_size + 1, batch_size):
+            target = buffers[turn % _MEMCPY_BUFFERS]
+            np.copyto(target, source[first : first + batch_size])
+            turn += 1
+            yield {"sample": numbers + first, "moments": target}
+
+
+def main(arguments: list[str]) -> None:
+    """Serve one arm."""
+    kind, what, batch_size, *rest = arguments
+    if kind == "memcpy":
+        serve(partial(copy_batches, int(what), int(batch_size)), {})
+        return
+    arrays = [name for name in SHAPES if name in rest[0].split(",")]
+    reader = build_reader(Dataset(what), int(batch_size), arrays)
+    settings = {"partitions": reader.order.num_partitions, "window": reader.order.window}
+    serve(partial(read_batches, reader, int(batch_size), arrays), {"settings": settings})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
