@@ -1,7 +1,8 @@
 """Measure: online against offline training when no command is named, else what the command says.
 
-Commands: `loader` (our reader of latent shards against other loaders); see `python -m benchmarks
-loader --help`. The last line of the output is one JSON document.
+Commands: `loader` (our reader of latent shards against other loaders), `order` (open and seek in
+400 million samples); see `python -m benchmarks loader --help`. The last line of the output is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import loader, online_offline
+from benchmarks import loader, online_offline, order
 from benchmarks.result import publish
 from shards.errors import reported
 
@@ -32,7 +33,8 @@ _DEFAULT = _Command(
     online_offline.BenchConfig, online_offline.measure, online_offline.print_table, __doc__
 )
 _COMMANDS = {
-    "loader": _Command(loader.LoaderConfig, loader.measure, loader.print_table, loader.__doc__)
+    "loader": _Command(loader.LoaderConfig, loader.measure, loader.print_table, loader.__doc__),
+    "order": _Command(order.OrderConfig, order.measure, order.print_table, order.__doc__),
 }
 
 

@@ -6,42 +6,57 @@ python -m benchmarks.loader_own memcpy <number of samples> <batch size>
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 
-from benchmarks.loader_data import IMAGE, LIGHT_IMAGE, LIGHT_TEXT, TEXT
+from benchmarks.loader_data import IMAGE
 from benchmarks.peers.samples import SAMPLE_BYTES, SHAPES, Batch
-from benchmarks.peers.worker import serve
+from benchmarks.peers.worker import OpenBatches, serve
 from shards.dataset import Dataset
 from shards.order import choose_partitions
+from shards.prefetch import prefetch
 from shards.reader import LatentReader
 
 # More than the CPU caches hold, and no more of them than a reader that runs ahead has in flight.
 _MEMCPY_BUFFERS = 6
+# As the reader itself has them.
+_STEPS_AT_A_TIME, _PREFETCH_DEPTH = 32, 4
 
 
-def build_reader(dataset: Dataset, batch_size: int, arrays: list[str]) -> LatentReader:
-    """The reader over the columns of these arrays; the others are replaced by light ones."""
-    image = IMAGE if "moments" in arrays else LIGHT_IMAGE
-    text = TEXT if "states" in arrays else LIGHT_TEXT
+def build_reader(dataset: Dataset, batch_size: int) -> LatentReader:
+    """The reader as training builds it."""
     return LatentReader(
         dataset,
-        dataset.image_column(image.resolution),
-        dataset.text_column(text.column_id),
+        dataset.image_column(IMAGE.resolution),
+        dataset.text_column(),
         seed=0,
         global_batch_size=batch_size,
         num_partitions=choose_partitions(batch_size),
     )
 
 
-def read_batches(reader: LatentReader, batch_size: int, arrays: list[str]) -> Iterator[Batch]:
+def read_batches(reader: LatentReader, batch_size: int) -> Iterator[Batch]:
     """What the trainer gets, through the reader's background thread."""
     for batch in reader.iter_batches(0, range(batch_size)):
-        found = {"moments": batch.moments, "states": batch.states}
-        yield {"sample": batch.samples, **{name: found[name] for name in arrays}}
+        yield {"sample": batch.samples, "moments": batch.moments, "states": batch.states}
+
+
+def read_column(reader: LatentReader, batch_size: int, name: str) -> Iterator[Batch]:
+    """The same samples of one column alone; here each has a caption of its own, in its own row."""
+    gatherer = {"moments": reader.image_rows, "states": reader.text_rows}[name]
+
+    def gather_all() -> Iterator[Batch]:
+        for first in itertools.count(0, _STEPS_AT_A_TIME):
+            located = reader.order.locate_steps(first, _STEPS_AT_A_TIME, range(batch_size))
+            for shards, rows in zip(*located, strict=True):
+                (values,) = gatherer.gather(shards, rows)
+                yield {"sample": reader.sample_numbers(shards, rows), name: values}
+
+    return prefetch(gather_all(), _PREFETCH_DEPTH)
 
 
 def copy_batches(num_samples: int, batch_size: int) -> Iterator[Batch]:
@@ -69,9 +84,12 @@ def main(arguments: list[str]) -> None:
         serve(partial(copy_batches, int(what), int(batch_size)), {})
         return
     arrays = [name for name in SHAPES if name in rest[0].split(",")]
-    reader = build_reader(Dataset(what), int(batch_size), arrays)
+    reader = build_reader(Dataset(what), int(batch_size))
+    read: OpenBatches = partial(read_batches, reader, int(batch_size))
+    if len(arrays) == 1:
+        read = partial(read_column, reader, int(batch_size), arrays[0])
     settings = {"partitions": reader.order.num_partitions, "window": reader.order.window}
-    serve(partial(read_batches, reader, int(batch_size), arrays), {"settings": settings})
+    serve(read, {"settings": settings})
 
 
 if __name__ == "__main__":

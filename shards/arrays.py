@@ -70,7 +70,8 @@ def _map_one(path: Path, entry: dict, data_start: int, num_bytes: int) -> np.nda
         raise ValueError(f"{num_bytes} bytes, wanted at least {data_start + end}")
     if wanted == 0:  # an empty file region cannot be mapped
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=data_start + begin, shape=shape)
+    mapped = np.memmap(path, dtype=dtype, mode="r", offset=data_start + begin, shape=shape)
+    return np.asarray(mapped)  # a plain array over the map: rows of it are cheaper to take
 
 
 def read_arrays(where: Location) -> Arrays:

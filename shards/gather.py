@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ MAX_OPEN_SHARDS = 1024
 class _OpenShard:
     """A mapped shard: the arrays whose rows make a batch, and their checksums."""
 
-    arrays: tuple[np.ndarray, ...]
+    rows: tuple[np.ndarray, ...]  # each [N, numbers of a row]
     checksum: np.ndarray
 
 
@@ -70,9 +71,10 @@ class RowGatherer:
         checksums = np.empty(len(rows), np.uint64)
         is_open = {index: self._open_shard(index) for index in set(shards.tolist())}
         # Row by row, straight into place: indexing with an array would copy everything twice.
+        targets = [array.reshape(len(rows), math.prod(array.shape[1:])) for array in batch]
         for at, (index, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             shard = is_open[index]
-            for target, source in zip(batch, shard.arrays, strict=True):
+            for target, source in zip(targets, shard.rows, strict=True):
                 target[at] = source[row]
             checksums[at] = shard.checksum[row]
         wrong = np.flatnonzero(row_checksums(batch) != checksums)
@@ -99,7 +101,8 @@ class RowGatherer:
             raise CorruptFileError(
                 where, f"arrays of {sorted(lengths)} rows", remedy=repair_remedy(where)
             )
-        return _OpenShard(found, checksum)
+        flat = (array.reshape(len(array), math.prod(array.shape[1:])) for array in found)
+        return _OpenShard(tuple(flat), checksum)
 
 
 def expect_array(

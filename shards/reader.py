@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,7 @@ from shards.quantize import latents_of, states_of
 from shards.storage import Location, is_remote
 
 _PREFETCH_DEPTH = 4
+_STEPS_AT_A_TIME = 32  # located together; a batch alone would cost more to locate than to copy
 _INDEX = np.dtype(np.int32)
 
 
@@ -126,11 +128,11 @@ class LatentReader:
     def _gather_all(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
         if is_remote(self._image.dataset):
             self._ahead = self._start_fetching(first_step, positions)
-        step = first_step
         try:
-            while True:
-                yield self.gather(step, positions)
-                step += 1
+            for first in itertools.count(first_step, _STEPS_AT_A_TIME):
+                located = self.order.locate_steps(first, _STEPS_AT_A_TIME, positions)
+                for number, (shards, rows) in enumerate(zip(*located, strict=True)):
+                    yield self._gather(first + number, shards, rows)
         finally:
             if self._ahead:
                 self._ahead.stop()
@@ -142,7 +144,9 @@ class LatentReader:
             CorruptFileError: a shard is missing, cut short, or damaged in a row that is read.
             StorageError: a remote shard cannot be fetched.
         """
-        shards, rows = self.order.locate(step, positions)
+        return self._gather(step, *self.order.locate(step, positions))
+
+    def _gather(self, step: int, shards: np.ndarray, rows: np.ndarray) -> LatentBatch:
         if self._ahead:
             self._ahead.mark_read(set(shards.tolist()))
         latents = self.image_rows.gather(shards, rows)

@@ -15,7 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
+import pytest
 import s3fs  # noqa: F401 - so that a forked process need not import it
 
 from shards.arrays import Arrays, save_arrays
@@ -68,7 +70,7 @@ class Job:
             this ending; `mode` is that of the opening. `("fill", ending, "")`: when half of
             that file is written.
         die_at: the how-manieth time.
-        shards_first: begin with the last shard instead of the first.
+        backwards: begin with the last shard instead of the first.
     """
 
     url: str
@@ -116,12 +118,21 @@ class Writer:
         return status, error
 
 
+@cache
+def _start_server() -> None:
+    """With a path on which it finds what it is to load; without, each process would load it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
+
+
 def start(job: Job, temporary: Path | None = None, **environment: str) -> Writer:
     """Start a process; it waits for `let_it_work`.
 
     Args:
         temporary: its folder for temporary files.
     """
+    _start_server()
     ours, theirs = PROCESSES.Pipe()
     if temporary:
         temporary.mkdir(parents=True, exist_ok=True)

@@ -178,10 +178,11 @@ def test_what_is_stored_exactly_states_no_error(everything, storage):
         assert "relative_error" not in read_receipt(receipt_path(column.path_of(shard))).stats
 
 
-def test_all_image_columns_state_latents_near_unit_scale(everything):
-    """The mean alone has a little less deviation: the posterior's own is not in it."""
+def test_the_stated_deviation_is_that_of_what_training_will_see(everything):
+    """The mean alone has less of it: the posterior's own is not in it."""
     stats = {storage: column_of(everything, storage).stats for storage in LATENTS}
-    assert 0.5 < stats["mean"]["latent_std"] < stats["moments"]["latent_std"] < 2
+    assert stats["mean"]["latent_std"] < stats["moments"]["latent_std"]
+    assert stats["moments"]["latent_std"] == pytest.approx(1, abs=0.3)
     assert stats["mean-int8"] == {
         **stats["mean"],
         "relative_error": stats["mean-int8"]["relative_error"],
@@ -260,7 +261,7 @@ def test_a_job_of_its_own_writes_the_same_column_as_one_beside_others(everything
     for storage in ("mean-int8", "int8"):
         column, beside = column_of(alone, storage), column_of(everything, storage)
         assert column.column_id == beside.column_id
-        for shard in [*column.shards, NULL]:
+        for shard in [*column.shards, *([NULL] if storage == "int8" else [])]:
             assert column.path_of(shard).read_bytes() == beside.path_of(shard).read_bytes()
 
 
@@ -268,7 +269,7 @@ def test_a_job_of_its_own_writes_the_same_column_as_one_beside_others(everything
 
 
 def test_several_image_columns_at_one_resolution_must_be_chosen_by_id(everything):
-    with pytest.raises(DatasetError, match="several: .*--image-column") as error:
+    with pytest.raises(DatasetError, match=r"several: .*--image-column") as error:
         everything.image_column(RESOLUTION)
     for storage in LATENTS:
         column_id = column_of(everything, storage).column_id
@@ -279,7 +280,7 @@ def test_several_image_columns_at_one_resolution_must_be_chosen_by_id(everything
 def test_text_columns_are_chosen_by_what_they_hold(everything):
     assert everything.text_column(holding="ids").spec.name == "text-ids"
     for holding in ("auto", "states"):
-        with pytest.raises(DatasetError, match="several: .*--text-column") as error:
+        with pytest.raises(DatasetError, match=r"several: .*--text-column") as error:
             everything.text_column(holding=holding)
         assert "text-ids" not in str(error.value)
     for storage in TEXTS:

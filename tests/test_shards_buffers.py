@@ -64,7 +64,13 @@ def filled(pool: BufferPool, number: int, shape: tuple[int, ...] = SHAPE) -> np.
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [(SHAPE, DTYPE), ((3,), np.dtype("<f4")), ((), "int8"), ((2, 3), np.uint16), ((1, 77, 9), "i8")],
+    [
+        (SHAPE, DTYPE),
+        ((3,), np.dtype("<f4")),
+        ((), "int8"),
+        ((2, 3), np.uint16),
+        ((1, 77, 9), "i8"),
+    ],
 )
 def test_it_gives_what_numpy_empty_gives(shape, dtype):
     array, like = BufferPool()(shape, dtype), np.empty(shape, dtype)
@@ -186,7 +192,7 @@ def test_memory_does_not_grow_with_the_number_of_batches():
 
 
 def test_under_stress_from_many_threads_nobodys_numbers_change():
-    """Batches made in one thread, held and dropped in others, in any order, as views of all kinds."""
+    """Views of all kinds, held for a while in several threads and dropped in any order."""
     pool = BufferPool()
     shapes = [SHAPE, (4, 6, 5), (24,), (6, 2), (50,)]
     wrong: list[str] = []

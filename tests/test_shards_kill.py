@@ -119,9 +119,7 @@ def test_killed_at_fifty_random_moments_it_ends_in_the_same_bytes(tmp_path, unbr
 def test_killed_at_random_moments_it_ends_in_the_same_bytes_on_an_object_store(s3, small):
     url = f"s3://{BUCKET}/killed/latents"
     job = Job(url=url, lengths=SMALL)
-    progress = kill_at_random(
-        job, location(url), small, NUM_REMOTE_KILLS, seed=1, **s3.environment
-    )
+    progress = kill_at_random(job, location(url), small, NUM_REMOTE_KILLS, seed=1, **s3.environment)
     assert len(set(progress)) >= 3, progress
     assert location(url).fs.ls(f"{BUCKET}/killed", detail=False) == [f"{BUCKET}/killed/latents"]
 
