@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -35,6 +35,9 @@ def prefetch(iterator: Iterator[T], depth: int) -> Iterator[T]:
             put("end", None)
         except BaseException as error:  # handed over to the consumer, whatever it is
             put("error", error)
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()  # what it holds ends with it, now
 
     thread = threading.Thread(target=run, name="prefetch", daemon=True)
     thread.start()

@@ -94,8 +94,9 @@ def list_files(folder: Location) -> dict[str, int]:
 
 
 def list_folders(folder: Location) -> list[str]:
-    """Names of the folders in a folder, sorted; empty where there is none."""
-    return [name for name, info in _list(folder).items() if info["type"] == "directory"]
+    """Names of the folders in a folder, sorted, but for hidden ones; empty where there is none."""
+    folders = [name for name, info in _list(folder).items() if info["type"] == "directory"]
+    return [name for name in folders if not name.startswith(".")]
 
 
 def _list(folder: Location) -> dict[str, Any]:

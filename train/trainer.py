@@ -7,7 +7,7 @@ encoding online differ by that argument alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +74,7 @@ def train(
     with trainer.signals:
         trainer.run(config.max_steps)
         trainer.finish()
+    trainer.close()
     return trainer
 
 
@@ -278,6 +279,11 @@ class Trainer:
             self.accelerator.print(f"stopped at step {self.step}; the same command continues")
         elif self.accelerator.is_main_process:
             self._export()
+
+    def close(self) -> None:
+        """Stop what reads ahead."""
+        if isinstance(self._source, Generator):
+            self._source.close()
 
     def _export(self) -> None:
         """Make the run folder half a diffusers pipeline: `unet/` and `scheduler/`.
