@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from precompute.filters import REASON
 from shards.column import ColumnSpec, Json
 from shards.storage import Location
 
@@ -31,10 +32,11 @@ def print_account(dataset: Location, manifest: Json, columns: list[ColumnSpec]) 
 
 
 def dropped_frac(manifest: Json) -> float:
-    """Share of the source rows that the ledger marks as dropped."""
-    rows_in = sum(entry["rows_in"] for entry in manifest["ledger"].values())
+    """Share of the source rows that were wanted, by the filter, and dropped all the same."""
+    unwanted = sum(n for reason, n in manifest["dropped"].items() if reason.startswith(REASON))
+    wanted = sum(entry["rows_in"] for entry in manifest["ledger"].values()) - unwanted
     rows = sum(entry["rows"] for entry in manifest["ledger"].values())
-    return (rows_in - rows) / rows_in if rows_in else 1.0
+    return (wanted - rows) / wanted if wanted else 1.0
 
 
 def fail_if_too_much_was_dropped(dataset: str, manifest: Json, max_drop_frac: float) -> None:
@@ -42,7 +44,7 @@ def fail_if_too_much_was_dropped(dataset: str, manifest: Json, max_drop_frac: fl
     frac = dropped_frac(manifest)
     if frac > max_drop_frac:
         print(
-            f"precompute: {frac:.1%} of the source rows were dropped; wanted at most "
+            f"precompute: {frac:.1%} of the wanted source rows were dropped; wanted at most "
             f"{max_drop_frac:.1%}. Remedy: see the reasons above and the ledger in "
             f"{dataset}/ledger, or raise --max-drop-frac",
             file=sys.stderr,

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from precompute.pixels import UnusableImageError, crop_to, decode
+from precompute.filters import Filter
+from precompute.pixels import UnusableImageError, crop_to, decode, peek_size
 from shards.image_shards import ImageSample
 from shards.ledger import OK, LedgerRow
 
@@ -27,13 +28,17 @@ class DecodedSample:
     squares: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def decode_sample(sample: ImageSample, resolutions: list[int]) -> DecodedSample:
-    """One decode for all resolutions; what cannot be decoded becomes a reason."""
+def decode_sample(
+    sample: ImageSample, resolutions: list[int], wanted: Filter | None = None
+) -> DecodedSample:
+    """One decode for all resolutions; what is not wanted or cannot be decoded becomes a reason."""
     status, squares = sample.problem or OK, {}
     width = height = None
     if status == OK:
         assert sample.image is not None
         try:
+            if wanted and (reason := _reason_against(sample, wanted)):
+                raise UnusableImageError(reason)
             image = decode(sample.image)
             width, height = image.size
             fitting = [r for r in resolutions if min(image.size) >= r]
@@ -52,6 +57,20 @@ def decode_sample(sample: ImageSample, resolutions: list[int]) -> DecodedSample:
         metadata=sample.metadata,
     )
     return DecodedSample(row, squares)
+
+
+def _reason_against(sample: ImageSample, wanted: Filter) -> str:
+    """Judge a sample undecoded; width and height are those of the image itself."""
+    image = sample.image
+    assert image is not None
+    fields = {**sample.metadata, "key": sample.key, "caption": sample.caption}
+
+    def look_up(name: str) -> Any:
+        if name in ("width", "height"):
+            return peek_size(image)[name == "height"]
+        return fields.get(name)
+
+    return wanted.reason_against(look_up)
 
 
 def map_ahead(

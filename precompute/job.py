@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from precompute.account import print_account
 from precompute.columns import LatentStorage, TextStorage, image_columns, text_column
+from precompute.filters import Filter
 from precompute.model_folder import ModelFolder, find_model
 from precompute.progress import Progress
 from shards.column import ColumnSpec, Json, TextColumn
 from shards.dataset import LEDGER, column_path, write_manifest
-from shards.errors import UnreadableShardError, UserError
+from shards.errors import DatasetError, UnreadableShardError, UserError
 from shards.image_shards import SourceShard, find_shards
-from shards.receipt import NULL, finished_shards, read_receipt_of, refuse_changed_source
+from shards.receipt import NULL, Receipt, finished_shards, read_receipt_of, refuse_changed_source
 from shards.storage import Location, location, writing_job
 
 # The SD2 family left its first owner's account in 2025; this is where it is kept up.
@@ -42,6 +44,8 @@ class PrecomputeConfig:
     """What is stored of an image; the mean alone halves the bytes, int8 halves them again."""
     text: TextStorage = "fp16"
     """What is stored of a caption: the encoder's states, or token ids alone (train: --text ids)."""
+    filter: str = ""
+    """Samples to keep, by their metadata: 'punsafe < 0.1 and min(width, height) >= 256'."""
     batch_size: int = 32
     """Images per VAE call."""
     device: str = "auto"
@@ -51,7 +55,7 @@ class PrecomputeConfig:
     decode_workers: int = 0
     """Threads that decode images; 0 takes one per CPU."""
     max_drop_frac: float = 0.1
-    """Exit with status 1 when more than this share of the source rows was dropped."""
+    """Exit with status 1 when more than this share of the rows was dropped, the filter apart."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -97,15 +101,16 @@ def precompute(config: PrecomputeConfig) -> Json:
         text_column(model, dtype, config.text),
     ]
     dataset = location(config.out)
+    wanted = Filter(config.filter)
     unreadable: list[UnreadableShardError] = []
     with writing_job(dataset):
-        todo = _todo(dataset, sources, columns)
+        todo = _todo(dataset, sources, columns, wanted)
         if todo or not _null_is_there(dataset, columns):
             print(
                 f"{dataset}: {len(todo)} of {len(sources)} shards to encode, "
                 f"model {model.name}, {dtype}"
             )
-            unreadable = _encode_all(config, dataset, model, dtype, columns, todo)
+            unreadable = _encode_all(config, dataset, model, dtype, columns, todo, wanted)
         else:
             print(f"{dataset}: all {len(sources)} shards are there already, nothing to do")
         manifest = write_manifest(dataset)
@@ -129,13 +134,16 @@ def _choose_dtype(config: PrecomputeConfig) -> str:
     return "float16" if choose_device(config.device).type == "cuda" else "float32"
 
 
-def _todo(dataset: Location, sources: list[SourceShard], columns: list[ColumnSpec]) -> list[Todo]:
+def _todo(
+    dataset: Location, sources: list[SourceShard], columns: list[ColumnSpec], wanted: Filter
+) -> list[Todo]:
     """The shards that lack something, and what.
 
     Raises:
-        DatasetError: a source is not the one that the dataset was made from.
+        DatasetError: a source, or the filter, is not the one that the dataset was made from.
     """
     in_ledger = finished_shards(dataset / LEDGER)
+    _refuse_another_filter(dataset, in_ledger.values(), wanted)
     in_column = {c.column_id: finished_shards(dataset / c.column_id) for c in columns}
     todo = []
     for source in sources:
@@ -147,6 +155,19 @@ def _todo(dataset: Location, sources: list[SourceShard], columns: list[ColumnSpe
         if missing or source.name not in in_ledger:
             todo.append(Todo(source, missing))
     return todo
+
+
+def _refuse_another_filter(dataset: Location, ledgers: Iterable[Receipt], wanted: Filter) -> None:
+    """All columns and shards of a dataset hold samples that one filter chose."""
+    for receipt in ledgers:
+        found = receipt.stats.get("filter", "")
+        if found != wanted.expression:
+            raise DatasetError(
+                dataset,
+                f"was made with --filter {found!r}",
+                wanted=f"{wanted.expression!r}, as this command says",
+                remedy="the same --filter, or another --out",
+            )
 
 
 def _null_is_there(dataset: Location, columns: list[ColumnSpec]) -> bool:
@@ -162,6 +183,7 @@ def _encode_all(
     dtype: str,
     columns: list[ColumnSpec],
     todo: list[Todo],
+    wanted: Filter,
 ) -> list[UnreadableShardError]:
     """Encode what is to do; returns the errors of the shards that could not be read."""
     import torch
@@ -192,7 +214,12 @@ def _encode_all(
         for entry in todo:
             try:
                 account = encode_shard(
-                    dataset, entry.source, entry.columns, encoders, progress.count_sample
+                    dataset,
+                    entry.source,
+                    entry.columns,
+                    encoders,
+                    progress.count_sample,
+                    wanted if wanted.expression else None,
                 )
             except UnreadableShardError as error:
                 unreadable.append(error)

@@ -10,7 +10,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from shards.column import Json
 
@@ -43,6 +43,22 @@ class UnusableImageError(Exception):
 def quieten_decoder() -> None:
     """PIL warns of every oddity that it then handles; once for a process, before its threads."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def peek_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the upright image, from the file's header alone.
+
+    Raises:
+        UnusableImageError: not an image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except MemoryError:
+        raise
+    except Exception:  # PIL's decoders raise nearly anything for damaged files
+        raise UnusableImageError("not_an_image") from None
+    return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def decode(data: bytes) -> Image.Image:

@@ -17,6 +17,7 @@ import torch
 from precompute.columns import CALIBRATION_CAPTIONS
 from precompute.decoding import decode_sample, map_ahead
 from precompute.encoders import ImageEncoder, TextEncoder, to_pixel_values
+from precompute.filters import Filter
 from shards.arrays import Arrays, read_arrays, save_arrays
 from shards.checksum import row_checksums
 from shards.column import ColumnSpec, ImageColumn, Json, TextColumn
@@ -202,6 +203,7 @@ def encode_shard(
     columns: list[ColumnSpec],
     encoders: Encoders,
     on_sample: Callable[[], object] = lambda: None,
+    wanted: Filter | None = None,
 ) -> TimeAccount:
     """Write a shard's ledger, where it is not there, and its rows of some columns.
 
@@ -211,6 +213,7 @@ def encode_shard(
         columns: the columns that lack this shard.
         encoders: the loaded encoders.
         on_sample: called once per source sample, for a progress bar.
+        wanted: drops samples before they are decoded; one and the same for the whole dataset.
 
     Raises:
         DatasetError: the source is not the one that the ledger was written from.
@@ -220,7 +223,7 @@ def encode_shard(
     stream = ShardStream(source)
     resolutions = [image.spec.resolution for image in images]
     ledger: list[LedgerRow] = []
-    decode = partial(decode_sample, resolutions=resolutions)
+    decode = partial(decode_sample, resolutions=resolutions, wanted=wanted)
     decoded = map_ahead(encoders.pool, decode, stream, encoders.decode_ahead)
     while True:
         with account.stage(READ_AND_DECODE):
@@ -243,7 +246,7 @@ def encode_shard(
     }
     dropped = count_reasons(ledger)
     with account.stage("write"):
-        _write_ledger(dataset, facts, ledger, dropped)
+        _write_ledger(dataset, facts, ledger, dropped, wanted)
     for column in columns:
         path = column_path(dataset, column.column_id, source.name)
         if isinstance(column, TextColumn):
@@ -273,14 +276,21 @@ def _commit_arrays(path: Location, arrays: Arrays, receipt_of: Callable[..., Rec
 
 
 def _write_ledger(
-    dataset: Location, facts: Json, ledger: list[LedgerRow], dropped: dict[str, int]
+    dataset: Location,
+    facts: Json,
+    ledger: list[LedgerRow],
+    dropped: dict[str, int],
+    wanted: Filter | None,
 ) -> None:
     """Write the ledger and its receipt; an earlier one of the same source stays as it is."""
     rows = len(ledger) - sum(dropped.values())
+    stats = {"filter": wanted.expression} if wanted else {}
     receipt = commit(
         ledger_path(dataset, facts["shard"]),
         partial(save_ledger, rows=ledger),
-        lambda written: Receipt(**facts, column=None, rows=rows, absent=dropped, **written),
+        lambda written: Receipt(
+            **facts, column=None, rows=rows, absent=dropped, stats=stats, **written
+        ),
     )
     refuse_changed_source(receipt, dataset, facts["source"])
 

@@ -91,12 +91,23 @@ def iter_receipts(folder: Location) -> Iterator[Receipt]:
 
 def build_manifest(dataset: Location) -> Json:
     """Derive dataset.json from the receipts alone; anyone can, at any time."""
-    ledger = {r.shard: _shard_entry(r) for r in iter_receipts(dataset / LEDGER)}
+    ledger, filters = {}, set()
+    dropped: Counter[str] = Counter()
+    for receipt in iter_receipts(dataset / LEDGER):
+        ledger[receipt.shard] = _shard_entry(receipt)
+        filters.add(receipt.stats.get("filter", ""))
+        dropped.update(receipt.absent)
     columns = {}
     for name in list_folders(dataset):
         if name != LEDGER and (receipts := list(iter_receipts(dataset / name))):
             columns[name] = _column_entry(receipts)
-    return {"format_version": FORMAT_VERSION, "ledger": ledger, "columns": columns}
+    return {
+        "format_version": FORMAT_VERSION,
+        "filter": " | ".join(sorted(filters)),
+        "dropped": dict(sorted(dropped.items())),
+        "ledger": ledger,
+        "columns": columns,
+    }
 
 
 def _shard_entry(receipt: Receipt) -> Json:
