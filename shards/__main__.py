@@ -36,7 +36,8 @@ from shards.verify import count_bytes, iter_problems
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m shards`."""
-    args = build_parser().parse_args(argv)
+    with reported("shards"):  # a URL may be of no protocol that there is
+        args = build_parser().parse_args(argv)
     with reported(f"shards {args.command}"):
         sys.exit(args.run(args))
 
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--full", action="store_true", help="read and hash every byte")
     verify.add_argument(
         "--decode",
-        type=int,
+        type=_count,
         default=0,
         metavar="N",
         help="decode N samples of each image column back; compare with their source images where "
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     gc.add_argument("--yes", action="store_true", help="delete; without it nothing is touched")
     out = add("export", run_export, "write webdataset tars or MDS for other trainers")
     out.add_argument("out", type=location, help="folder or URL to write to")
-    out.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    out.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="default: %(default)s")
     out.add_argument(
         "--resolution", type=int, default=0, help="of the image column; default: the only one"
     )
@@ -98,6 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument("--text-column", default="", metavar="ID", help="where there are several")
     add("index", run_index, "rebuild dataset.json from the receipts")
     return parser
+
+
+def _count(text: str) -> int:
+    """A number that is not negative; argparse says what is wrong with another."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+    return int(text)
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -127,7 +135,8 @@ def run_verify(args: argparse.Namespace) -> int:
     else:
         _print_decoded(decoded)
         checked = "every byte" if args.full else "receipts, lengths and sums"
-        verdict = f"{len(problems)} problems" if problems else f"clean ({checked} checked)"
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        verdict = count if problems else f"clean ({checked} checked)"
         print(f"{args.dataset}: {verdict}")
         if redo:
             print(f"Remedy: python -m shards repair {args.dataset}, then the same precompute again")
@@ -137,7 +146,12 @@ def run_verify(args: argparse.Namespace) -> int:
 def _print_decoded(decoded: list[Json]) -> None:
     for column in decoded:
         psnr = column["psnr_db"]
-        shown = f"PSNR {psnr['median']:.1f} dB (least {psnr['min']:.1f})" if psnr else "no images"
+        shown = "their images cannot be read"
+        if psnr:
+            shown = (
+                f"PSNR {psnr['median']:.1f} dB (least {psnr['min']:.1f}), "
+                f"{column['relative_error']:.2%} off a new encoding of their images"
+            )
         print(
             f"{column['column']}: {column['samples']} samples decoded, {shown}, latents' mean "
             f"{column['latent_mean']:.3f}, deviation {column['latent_std']:.3f}"

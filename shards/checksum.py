@@ -2,8 +2,9 @@
 
 The sum of a row's bytes as little-endian 64-bit words (the last one filled up with zeros), modulo
 2**64; where a row is spread over several arrays, the sum of their sums. Any change within a
-single word is found, and damage to many words but for one case in 2**64. numpy sums at a multiple
-of the speed of the copy that a batch is made by; a CRC would take longer than the copy.
+single word is found, and random damage to many words but for one case in 2**64; words that only
+changed places within a row are not (the file's sha256 finds those: `verify --full`). numpy sums
+faster than the copy that a batch is made by; a CRC would take longer than the copy.
 """
 
 from __future__ import annotations

@@ -160,6 +160,12 @@ def _mean(weighted: list[tuple[int, float]]) -> float:
     return sum(rows * value for rows, value in weighted) / sum(rows for rows, _ in weighted)
 
 
+def expect_dataset(dataset: Location) -> None:
+    """Refuse a place that is no latent dataset, before anything is made or deleted there."""
+    if size_of(dataset / MANIFEST) is None and LEDGER not in list_folders(dataset):
+        Dataset(dataset)  # says what is missing and how to get it
+
+
 def write_manifest(dataset: Location) -> Json:
     """Bring dataset.json up to its receipts; leaves the file alone when it already is."""
     manifest = build_manifest(dataset)
@@ -303,7 +309,8 @@ class Dataset:
         columns = self._of_kind(TextColumn)
         with_states = [column for column in columns if column.spec.has_states]
         if column_id:
-            found = columns
+            wanted = {"ids": (False,), "states": (True,)}.get(holding, (False, True))
+            found = [column for column in columns if column.spec.has_states in wanted]
         elif holding == "ids":
             found = [column for column in columns if not column.spec.has_states]
         else:

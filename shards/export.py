@@ -1,9 +1,10 @@
 """Latents for other trainers: webdataset tars, or MDS for mosaicml-streaming.
 
-One file for each shard of the dataset, each written whole: the same command again continues. A
-sample has `moments` (or `mean`) and `states` (or `input_ids`) as float16 (uint16) arrays, int8
-multiplied out; its caption; and its row of the ledger. Latents are unscaled, captions not dropped:
-what the other trainer must do is in `export.json`.
+One file for each shard of the dataset (MDS: at most about 1 GiB a file), each written whole; tars
+that are there already stay, MDS is written again. A sample has `moments` (or `mean`) and `states`
+(or `input_ids`) as float16 (uint16) arrays, int8 multiplied out; its caption; and its row of the
+ledger. Latents are unscaled, captions not dropped: what the other trainer must do is in
+`export.json`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from shards.arrays import Arrays
+from shards.arrays import Arrays, repair_remedy
 from shards.canonical import canonical_json
+from shards.checksum import row_checksums
 from shards.column import ImageColumn, Json, TextColumn
 from shards.dataset import Column, Dataset, ledger_path
-from shards.errors import UserError
+from shards.errors import CorruptFileError, UserError
 from shards.ledger import read_ledger
 from shards.mds import MdsShard, index_text
 from shards.quantize import latents_of, states_of
@@ -28,6 +30,7 @@ from shards.storage import Location, list_files, read_bytes, write_text_whole, w
 
 FORMATS = ("webdataset", "mds")
 _SETTINGS = "export.json"
+_MDS_PART_BYTES = 2**30
 
 
 def export(
@@ -58,21 +61,15 @@ def export(
     dataset.check_trainable(image, text)
     settings = _settings(image, text, file_format)
     _claim(out, settings)
-    suffix = {"webdataset": "tar", "mds": "mds"}[file_format]
     there = list_files(out)
-    entries = []
+    entries: list[Json] = []
     for shard in sorted(image.shards):
-        name, num_rows = f"{shard}.{suffix}", image.shards[shard]["rows"]
-        if num_rows and file_format == "webdataset" and name not in there:
-            samples = _iter_samples(dataset, image, text, shard)
-            write_whole(out / name, partial(_save_tar, samples=samples))
-        elif num_rows and file_format == "mds":
-            mds = MdsShard(name)
-            for sample in _iter_samples(dataset, image, text, shard):
-                mds.add(_flat(sample))
-            num_bytes: list[int] = []
-            write_whole(out / name, partial(_save_mds, shard=mds, num_bytes=num_bytes))
-            entries.append(mds.entry(num_bytes[0]))
+        num_rows = image.shards[shard]["rows"]
+        samples = _iter_samples(dataset, image, text, shard)
+        if file_format == "mds":
+            entries += _write_mds(out, shard, samples)
+        elif num_rows and f"{shard}.tar" not in there:
+            write_whole(out / f"{shard}.tar", partial(_save_tar, samples=samples))
         on_rows(num_rows)
     if file_format == "mds":
         write_text_whole(out / "index.json", index_text(entries))
@@ -86,8 +83,11 @@ def _settings(image: Column[ImageColumn], text: Column[TextColumn], file_format:
         "text_column": text.column_id,
         "latents": image.spec.latents,
         "scaling_factor": image.spec.scaling_factor,
-        "to_train": "sample the posterior from the moments, multiply by scaling_factor, drop "
-        "captions at train time",
+        "to_train": {
+            "moments": "sample the posterior from the moments, multiply by scaling_factor",
+            "mean": "multiply by scaling_factor",
+        }[image.spec.latents]
+        + ", drop captions at train time",
         "model": image.model,
         "rows": image.num_rows,
     }
@@ -107,18 +107,32 @@ def _iter_samples(
     dataset: Dataset, image: Column[ImageColumn], text: Column[TextColumn], shard: str
 ) -> Iterator[Json]:
     latents, captions = image.map_shard(shard), text.map_shard(shard)
+    _refuse_damage(image, latents, shard)
+    _refuse_damage(text, captions, shard)
     null = dataset.read_null(text)
     names = ("key", "caption", "url", "width", "height", "sha256")
     ledger = read_ledger(ledger_path(dataset.path, shard), columns=names)
     for at, row in enumerate(np.asarray(latents["row"]).tolist()):
         caption = int(captions["caption"][row])
         yield {
-            "name": f"{shard}-{row:09d}",
+            # A dot would end the key: webdataset takes what follows for the member's suffix.
+            "name": f"{shard.replace('.', '%2E')}-{row:09d}",
             "latents": (image.spec.latents, _latents(latents, image.spec, at)),
             "text": _text(captions, text.spec, null, caption),
             "caption": ledger[row]["caption"],
             "json": {"row": row, "shard": shard, **ledger[row]},
         }
+
+
+def _refuse_damage(column: Column, arrays: Arrays, shard: str) -> None:
+    """What leaves us carries no checksum any more."""
+    sums = row_checksums([arrays[name] for name in column.spec.row_arrays])
+    wrong = np.flatnonzero(sums != arrays["checksum"])
+    if len(wrong):
+        where = column.path_of(shard)
+        raise CorruptFileError(
+            where, f"row {wrong[0]} does not match its checksum", remedy=repair_remedy(where)
+        )
 
 
 def _latents(arrays: Arrays, spec: ImageColumn, at: int) -> np.ndarray:
@@ -164,6 +178,26 @@ def _flat(sample: Json) -> dict[str, Any]:
     return {latents: values, text: states, "caption": sample["caption"], "ledger": row}
 
 
-def _save_mds(path: Path, shard: MdsShard, num_bytes: list[int]) -> None:
-    shard.save(path)
+def _write_mds(out: Location, shard: str, samples: Iterator[Json]) -> list[Json]:
+    """Write one shard's samples in parts that memory holds; their entries in index.json."""
+    entries: list[Json] = []
+
+    def write(part: MdsShard) -> None:
+        num_bytes: list[int] = []
+        write_whole(out / part.base_name, partial(_save_mds, part=part, num_bytes=num_bytes))
+        entries.append(part.entry(num_bytes[0]))
+
+    part = MdsShard(f"{shard}.mds")
+    for sample in samples:
+        if part.num_bytes > _MDS_PART_BYTES:
+            write(part)
+            part = MdsShard(f"{shard}-{len(entries)}.mds")
+        part.add(_flat(sample))
+    if part.num_bytes:
+        write(part)
+    return entries
+
+
+def _save_mds(path: Path, part: MdsShard, num_bytes: list[int]) -> None:
+    part.save(path)
     num_bytes.append(path.stat().st_size)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from shards.dataset import LEDGER, write_manifest
+from shards.dataset import LEDGER, expect_dataset, write_manifest
 from shards.errors import UserError
 from shards.lock import is_held
 from shards.receipt import DATA_SUFFIXES
@@ -25,9 +26,11 @@ def find_garbage(dataset: Location, columns: list[str]) -> dict[Location, int]:
     on an object store, where nobody can tell whether they are about to get one, only the former.
 
     Raises:
+        DatasetError: there is no dataset.
         UserError: there is no such column.
     """
-    folders = list_folders(dataset)
+    expect_dataset(dataset)
+    folders = [name for name in list_folders(dataset) if _is_ours(name)]
     for column in columns:
         if column not in folders or column == LEDGER:
             known = ", ".join(name for name in folders if name != LEDGER) or "none"
@@ -41,9 +44,17 @@ def find_garbage(dataset: Location, columns: list[str]) -> dict[Location, int]:
     return garbage
 
 
+def _is_ours(folder: str) -> bool:
+    """Whether it has the name of a ledger or a column; all else is somebody's own business."""
+    return folder == LEDGER or re.search(r"-[0-9a-f]{8}$", folder) is not None
+
+
 def _is_abandoned(path: Location, sizes: dict[str, int]) -> bool:
     if path.name.endswith(TEMPORARY_SUFFIX):
-        return not isinstance(path, Path) or not is_held(path)
+        try:
+            return not isinstance(path, Path) or not is_held(path)
+        except FileNotFoundError:  # its writer has just given it its name
+            return False
     is_data = path.suffix.lstrip(".") in DATA_SUFFIXES
     return is_data and isinstance(path, Path) and f"{path.stem}.json" not in sizes
 
@@ -55,14 +66,18 @@ def delete_garbage(dataset: Location, columns: list[str]) -> dict[Location, int]
         UserError: no such column, or a job is writing to the dataset.
         StorageError: a file cannot be deleted.
     """
+    expect_dataset(dataset)
     with writing_job(dataset):
         garbage = find_garbage(dataset, columns)
-        # Receipts first: a column that is half deleted does not count.
-        for path in sorted(garbage, key=lambda path: path.suffix != ".json"):
-            remove(path)
-        for column in columns:
-            folder = dataset / column
-            if isinstance(folder, Path):
-                folder.rmdir()
+        # A column whose receipts and entry are gone does not count, whenever we are killed.
+        for path in garbage:
+            if path.suffix == ".json":
+                remove(path)
         write_manifest(dataset)
+        for path in garbage:
+            remove(path)
+        for column in set(columns):
+            folder = dataset / column
+            if isinstance(folder, Path) and not any(folder.iterdir()):
+                folder.rmdir()
     return garbage

@@ -26,12 +26,16 @@ class MdsShard:
 
     Args:
         base_name: of its file.
+
+    Attributes:
+        num_bytes: of its samples so far.
     """
 
     def __init__(self, base_name: str) -> None:
         self.base_name = base_name
         self._encodings: dict[str, str] = {}
         self._samples: list[bytes] = []
+        self.num_bytes = 0
 
     def add(self, sample: dict[str, Any]) -> None:
         """Append a sample of strings, integers and arrays."""
@@ -45,6 +49,7 @@ class MdsShard:
             if _fixed_size(encoding) is None
         ]
         self._samples.append(np.array(lengths, "<u4").tobytes() + b"".join(encoded))
+        self.num_bytes += len(self._samples[-1])
 
     def save(self, path: Path) -> None:
         """Write the shard to a local file.

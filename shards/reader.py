@@ -1,10 +1,11 @@
-"""The reader of latent shards: rows gathered from memory maps into batches by one thread."""
+"""The reader of latent shards: rows gathered from memory maps into batches, ahead of need."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -129,10 +130,11 @@ class LatentReader:
         if is_remote(self._image.dataset):
             self._ahead = self._start_fetching(first_step, positions)
         try:
-            for first in itertools.count(first_step, _STEPS_AT_A_TIME):
-                located = self.order.locate_steps(first, _STEPS_AT_A_TIME, positions)
-                for number, (shards, rows) in enumerate(zip(*located, strict=True)):
-                    yield self._gather(first + number, shards, rows)
+            with ThreadPoolExecutor(1, thread_name_prefix="gather-text") as pool:
+                for first in itertools.count(first_step, _STEPS_AT_A_TIME):
+                    located = self.order.locate_steps(first, _STEPS_AT_A_TIME, positions)
+                    for number, (shards, rows) in enumerate(zip(*located, strict=True)):
+                        yield self._gather(first + number, shards, rows, pool)
         finally:
             if self._ahead:
                 self._ahead.stop()
@@ -144,13 +146,18 @@ class LatentReader:
             CorruptFileError: a shard is missing, cut short, or damaged in a row that is read.
             StorageError: a remote shard cannot be fetched.
         """
-        return self._gather(step, *self.order.locate(step, positions))
+        with ThreadPoolExecutor(1) as pool:
+            return self._gather(step, *self.order.locate(step, positions), pool)
 
-    def _gather(self, step: int, shards: np.ndarray, rows: np.ndarray) -> LatentBatch:
+    def _gather(
+        self, step: int, shards: np.ndarray, rows: np.ndarray, pool: ThreadPoolExecutor
+    ) -> LatentBatch:
         if self._ahead:
             self._ahead.mark_read(set(shards.tolist()))
+        # Both columns at once: the copies and the checksums let go of the interpreter.
+        gathering = pool.submit(self.text_rows.gather, shards, self._caption_rows(shards, rows))
         latents = self.image_rows.gather(shards, rows)
-        text = self.text_rows.gather(shards, self._caption_rows(shards, rows))
+        text = gathering.result()
         states: Any = None
         if self._text.spec.storage_dtype == "int8":
             values, scale = text

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
-from shards.dataset import write_manifest
+from shards.dataset import expect_dataset, write_manifest
 from shards.receipt import DATA_SUFFIXES
-from shards.storage import Location, list_files, move, writing_job
+from shards.storage import Location, list_files, list_folders, move, writing_job
 from shards.verify import Problem, iter_problems
 
 
@@ -42,16 +44,26 @@ def repair(dataset: Location, on_bytes: Callable[[int], object] = lambda _: None
         DatasetError: there is no dataset, or a job is writing to it.
         StorageError: it cannot be reached.
     """
+    expect_dataset(dataset)
+    if isinstance(dataset, Path):
+        dataset = dataset.resolve()  # "." has no name that the folder beside it could take
     with writing_job(dataset):
         problems = list(iter_problems(dataset, full=True, on_bytes=on_bytes))
         redo = sorted({problem.redo for problem in problems if problem.redo})
-        time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        aside = dataset.parent / f"{dataset.name}.aside" / time
+        aside = _free_folder(dataset.parent / f"{dataset.name}.aside")
         moved = [
             path for folder, shard in redo for path in _set_aside(dataset, folder, shard, aside)
         ]
         write_manifest(dataset)
     return Repair(problems, aside if moved else None, redo, moved)
+
+
+def _free_folder(asides: Location) -> Location:
+    """A folder named after the time that is not there yet: what was set aside before stays."""
+    taken = list_folders(asides)
+    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    names = itertools.chain([time], (f"{time}-{number}" for number in itertools.count(2)))
+    return asides / next(name for name in names if name not in taken)
 
 
 def _set_aside(dataset: Location, folder: str, shard: str, aside: Location) -> list[Location]:

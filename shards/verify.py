@@ -23,6 +23,7 @@ from shards.dataset import (
     MANIFEST,
     Dataset,
     build_manifest,
+    expect_dataset,
     parse_receipt_in_place,
 )
 from shards.errors import CorruptFileError, DatasetError
@@ -84,8 +85,7 @@ def iter_problems(
         StorageError: it cannot be reached.
     """
     folders = list_folders(dataset)
-    if size_of(dataset / MANIFEST) is None and LEDGER not in folders:
-        Dataset(dataset)  # says what is missing and how to get it
+    expect_dataset(dataset)
     ledgers: dict[str, Receipt] = {}
     broken = False
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

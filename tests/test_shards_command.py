@@ -58,7 +58,7 @@ def test_verify_names_the_problems_and_exits_with_status_one(dataset, capsys):
     assert status_of("verify", "--full", dataset) == 1
     text = capsys.readouterr().out
     assert str(path) in text
-    assert f"{dataset}: 1 problems\nRemedy: python -m shards repair {dataset}, then" in text
+    assert f"{dataset}: 1 problem\nRemedy: python -m shards repair {dataset}, then" in text
 
 
 def test_index_rebuilds_the_manifest(dataset, capsys):
