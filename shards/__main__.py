@@ -146,7 +146,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def _print_decoded(decoded: list[Json]) -> None:
     for column in decoded:
         psnr = column["psnr_db"]
-        shown = "their images cannot be read"
+        shown = "no images to compare with"
         if psnr:
             shown = (
                 f"PSNR {psnr['median']:.1f} dB (least {psnr['min']:.1f}), "

@@ -98,9 +98,9 @@ class Writer:
     def kill(self) -> bool:
         """Whether it was still at work."""
         self.process.kill()
-        self.process.join()
-        assert self.process.exitcode in (0, -signal.SIGKILL)
-        return self.process.exitcode != 0
+        status, error = self.end()
+        assert status in (0, -signal.SIGKILL), error
+        return status != 0
 
     def end(self) -> tuple[int, str]:
         """Its exit status and its error."""
@@ -119,7 +119,7 @@ class Writer:
 
 
 @cache
-def _start_server() -> None:
+def start_server() -> None:
     """With a path on which it finds what it is to load; without, each process would load it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
@@ -132,7 +132,7 @@ def start(job: Job, temporary: Path | None = None, **environment: str) -> Writer
     Args:
         temporary: its folder for temporary files.
     """
-    _start_server()
+    start_server()
     ours, theirs = PROCESSES.Pipe()
     if temporary:
         temporary.mkdir(parents=True, exist_ok=True)
