@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.peers.samples import SHAPES, draw_sample
 from shards.arrays import save_arrays
-from shards.checksum import row_checksums
+from shards.checksum import with_checksums
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Dataset, column_path, ledger_path, write_manifest
 from shards.ledger import OK, LedgerRow, save_ledger
@@ -56,9 +56,6 @@ def write_latent_dataset(path: Path, num_samples: int, num_shards: int) -> Datas
         counts: dict[str, Any] = {"rows_in": rows, "rows": rows, "absent": {}}
         return Receipt(shard=shard, source=source, **counts, **facts)
 
-    def with_checksum(column: ImageColumn | TextColumn, **arrays: Any) -> dict[str, Any]:
-        return {**arrays, "checksum": row_checksums([arrays[name] for name in column.row_arrays])}
-
     cuts = [num_samples * index // num_shards for index in range(num_shards + 1)]
     for index, (first, end) in enumerate(pairwise(cuts)):
         shard, rows = f"{index:05d}", end - first
@@ -73,8 +70,8 @@ def write_latent_dataset(path: Path, num_samples: int, num_shards: int) -> Datas
         moments, states = (np.stack([sample[name] for sample in samples]) for name in SHAPES)
         row = np.arange(rows, dtype=np.int32)
         ids = np.zeros((rows, SHAPES["states"][0]), np.uint16)
-        write(IMAGE, shard, rows, **with_checksum(IMAGE, moments=moments), row=row)
-        texts = with_checksum(TEXT, input_ids=ids, states=states)
+        write(IMAGE, shard, rows, **with_checksums(IMAGE, {"moments": moments}, row), row=row)
+        texts = with_checksums(TEXT, {"input_ids": ids, "states": states}, row)
         write(TEXT, shard, rows, **texts, caption=row)
     null = np.zeros(SHAPES["states"], np.float16)
     write(TEXT, NULL, 1, input_ids=np.zeros(SHAPES["states"][0], np.uint16), states=null)

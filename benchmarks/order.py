@@ -199,7 +199,7 @@ def measure_shuffle(config: OrderConfig, window: int) -> Json:
         "steps_of_a_shard": spread(passing),
         "epoch_frac_of_a_shard": spread([steps / steps_per_epoch for steps in passing]),
         "shards_in_a_batch": spread(mixed),
-        "shards_open_per_rank": spread([len(next(order.shards_ahead(s, share))) for s in steps]),
+        "shards_open_per_rank": spread([len(next(order.shards_ahead(s, share))[1]) for s in steps]),
     }
 
 

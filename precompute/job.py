@@ -16,6 +16,7 @@ from precompute.progress import Progress
 from shards.column import ColumnSpec, Json, TextColumn
 from shards.dataset import LEDGER, column_path, write_manifest
 from shards.errors import DatasetError, UnreadableShardError, UserError
+from shards.garbage import remove_leftovers
 from shards.image_shards import SourceShard, find_shards
 from shards.receipt import NULL, Receipt, finished_shards, read_receipt_of, refuse_changed_source
 from shards.storage import Location, location, writing_job
@@ -104,6 +105,7 @@ def precompute(config: PrecomputeConfig) -> Json:
     wanted = Filter(config.filter)
     unreadable: list[UnreadableShardError] = []
     with writing_job(dataset):
+        remove_leftovers(dataset)
         todo = _todo(dataset, sources, columns, wanted)
         if todo or not _null_is_there(dataset, columns):
             print(

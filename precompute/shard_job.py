@@ -18,8 +18,8 @@ from precompute.columns import CALIBRATION_CAPTIONS
 from precompute.decoding import decode_sample, map_ahead
 from precompute.encoders import ImageEncoder, TextEncoder, to_pixel_values
 from precompute.filters import Filter
-from shards.arrays import Arrays, read_arrays, save_arrays
-from shards.checksum import row_checksums
+from shards.arrays import Arrays, save_arrays
+from shards.checksum import with_checksums
 from shards.column import ColumnSpec, ImageColumn, Json, TextColumn
 from shards.dataset import column_path, ledger_path
 from shards.errors import DatasetError
@@ -32,7 +32,14 @@ from shards.quantize import (
     quantize_states,
     states_of,
 )
-from shards.receipt import NULL, Receipt, commit, read_receipt_of, refuse_changed_source
+from shards.receipt import (
+    NULL,
+    Receipt,
+    commit,
+    read_committed,
+    read_receipt_of,
+    refuse_changed_source,
+)
 from shards.storage import Location
 
 TEXT_BATCH_SIZE = 64
@@ -133,18 +140,15 @@ class _ImageRows:
         return {self.spec.latents: values, "scale": scale}
 
     def arrays(self) -> Arrays:
-        """`ColumnSpec.row_arrays` [N, ...], `checksum` [N] uint64 and `row` [N] int32."""
+        """`ColumnSpec.row_arrays` [N, ...], their checksums, and `row` [N] int32."""
         stored = {
             name: np.concatenate(
                 [np.empty((0, *shape), dtype), *(part[name] for part in self._parts if part)]
             )
             for name, (dtype, shape) in self.spec.row_arrays.items()
         }
-        return {
-            **stored,
-            "checksum": row_checksums(list(stored.values())),
-            "row": np.asarray(self._rows, dtype=np.int32),
-        }
+        rows = np.asarray(self._rows, dtype=np.int32)
+        return {**with_checksums(self.spec, stored, rows), "row": rows}
 
     def stats(self) -> Json:
         """What there is to know about the numbers; empty for an empty shard."""
@@ -310,9 +314,9 @@ def _encode_captions(
     ]
     with account.stage(f"encode {column.name}"):
         arrays, stats = _store_texts(dataset, column, list(index), encoders.text)
-    checksum = row_checksums([arrays[name] for name in column.row_arrays])
     indices = np.asarray(caption, dtype=np.int32)
-    return {**arrays, "checksum": checksum, "caption": indices}, {**stats, "captions": len(index)}
+    arrays = {**with_checksums(column, arrays, indices), "caption": indices}
+    return arrays, {**stats, "captions": len(index)}
 
 
 def _store_texts(
@@ -324,7 +328,7 @@ def _store_texts(
     arrays = encode_texts(captions, encoder)
     if column.storage_dtype != "int8":
         return arrays, {}
-    static = read_arrays(column_path(dataset, column.column_id, NULL))["channel_scale"]
+    static = read_committed(column_path(dataset, column.column_id, NULL))["channel_scale"]
     error, states = _RelativeError(), arrays["states"]
     values, scale = quantize_states(states, static)
     error.add(states, states_of(values, scale, static).dequantize())

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import CorruptFileError
-from shards.storage import Location, local_copy
+from shards.storage import Location
 
 Arrays = dict[str, np.ndarray]
 
@@ -22,14 +22,32 @@ _DTYPES = {
     **{"F16": "<f2", "F32": "<f4", "I8": "|i1", "U16": "<u2"},
     **{"I32": "<i4", "I64": "<i8", "U64": "<u8"},
 }
+_NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
+_ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write arrays as one local safetensors file; `shards.receipt.commit` makes it count."""
-    from safetensors.numpy import save_file
+    """Write arrays as one local safetensors file; `shards.receipt.commit` makes it count.
 
-    save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path)
+    Into the very file that is there: the library's own writer puts another in its place, which
+    would slip from the lock that keeps a second writer off.
+    """
+    # Widest first, so that each array is aligned to its numbers.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header, offset = {}, 0
+    for name, array in ordered:
+        span = [offset, offset + array.nbytes]
+        dtype = _NAMES[array.dtype.newbyteorder("<")]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in ordered:
+            little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+            file.write(little.reshape(-1).view(np.uint8).data)
 
 
 def map_arrays(path: Path, where: Location | None = None) -> Arrays:
@@ -72,19 +90,6 @@ def _map_one(path: Path, entry: dict, data_start: int, num_bytes: int) -> np.nda
         return np.empty(shape, dtype)
     mapped = np.memmap(path, dtype=dtype, mode="r", offset=data_start + begin, shape=shape)
     return np.asarray(mapped)  # a plain array over the map: rows of it are cheaper to take
-
-
-def read_arrays(where: Location) -> Arrays:
-    """The arrays of a small file, in memory, wherever it lies.
-
-    Raises:
-        CorruptFileError: see `map_arrays`.
-    """
-    try:
-        with local_copy(where) as path:
-            return {name: np.array(array) for name, array in map_arrays(path, where).items()}
-    except FileNotFoundError:
-        raise CorruptFileError(where, "is missing", remedy=repair_remedy(where)) from None
 
 
 def repair_remedy(where: Location) -> str:

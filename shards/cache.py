@@ -8,15 +8,19 @@ while a process has it mapped stays readable to that process until it lets go.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shards.canonical import sha256_of
 from shards.errors import CorruptFileError, UserError
-from shards.lock import held_file, is_held
+from shards.lock import held_file, held_folder, is_held
 from shards.retry import REMOTE
 from shards.storage import TEMPORARY_SUFFIX, UPath, download
 
 DEFAULT_MAX_BYTES = 100 * 2**30
+_LOCK_SUFFIX = ".lock"
 
 
 def default_cache_folder() -> Path:
@@ -60,43 +64,59 @@ class ShardCache:
                 remedy="a larger --cache-gib",
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-        with held_file(temporary):  # another process may be fetching the same file
-            if path.exists():
-                temporary.unlink()
-                return path
+        lock = path.with_name(path.name + _LOCK_SUFFIX)
+        with held_file(lock):  # another process may be fetching the same file
             try:
-                self._make_room(num_bytes)
-                _download_intact(where, temporary, num_bytes, sha256)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+                if not path.exists():
+                    with self._room(path, num_bytes) as temporary:
+                        _download_intact(where, temporary, num_bytes, sha256)
+                        with held_folder(self.folder):
+                            temporary.replace(path)
+            finally:
+                lock.unlink(missing_ok=True)
         return path
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Delete the oldest files until `num_bytes` more fit."""
-        files = []
+    @contextmanager
+    def _room(self, path: Path, num_bytes: int) -> Iterator[Path]:
+        """A temporary file for a download, within the bound.
+
+        Its final length is in its name, so that others count it before it is there.
+        """
+        temporary = path.with_name(f"{path.name}.{num_bytes}{TEMPORARY_SUFFIX}")
+        with ExitStack() as held:
+            while True:
+                with held_folder(self.folder):
+                    if self._make_room(num_bytes):
+                        held.enter_context(held_file(temporary))
+                        break
+                time.sleep(0.05)  # what others are fetching will be there soon, and can go then
+            try:
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Delete the oldest files until `num_bytes` more fit; False when they cannot yet."""
+        excess = num_bytes - self.max_bytes
+        whole = []
         for path in self.folder.iterdir():
             try:
                 status = path.stat()
+                if path.suffix not in (TEMPORARY_SUFFIX, _LOCK_SUFFIX):
+                    whole.append((status.st_mtime_ns, status.st_size, path))
+                    excess += status.st_size
+                elif not is_held(path):
+                    path.unlink()  # of a process that was killed
+                elif path.suffix == TEMPORARY_SUFFIX:
+                    excess += int(path.name.split(".")[-2])
             except FileNotFoundError:
-                continue  # another process made room as well
-            if path.suffix != TEMPORARY_SUFFIX or not _is_being_written(path):
-                files.append((status.st_mtime_ns, status.st_size, path))
-        excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
-        for _, size, path in sorted(files):
+                continue  # its fetch has just ended
+        for _, size, path in sorted(whole):
             if excess <= 0:
-                return
-            path.unlink(missing_ok=True)
+                break
+            path.unlink()
             excess -= size
-
-
-def _is_being_written(path: Path) -> bool:
-    try:
-        return is_held(path)
-    except FileNotFoundError:
-        return False
+        return excess <= 0
 
 
 def _download_intact(where: UPath, to: Path, num_bytes: int, sha256: str) -> None:

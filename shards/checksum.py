@@ -14,7 +14,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shards.column import ColumnSpec
+
 _WORD = np.dtype("<u8")
+
+
+def with_checksums(
+    spec: ColumnSpec, arrays: dict[str, np.ndarray], index: np.ndarray
+) -> dict[str, np.ndarray]:
+    """A shard's arrays and their checksums.
+
+    Args:
+        spec: of the column.
+        arrays: among them its `row_arrays`, [N, ...].
+        index: `row` or `caption`, int32: what connects the rows with the ledger's.
+
+    Returns:
+        the arrays, `checksum` uint64 [N] of their rows and `index_checksum` uint64 [1].
+    """
+    checksum = row_checksums([arrays[name] for name in spec.row_arrays])
+    return {**arrays, "checksum": checksum, "index_checksum": row_checksums([index[None]])}
 
 
 def row_checksums(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from shards.arrays import Arrays, map_arrays, read_arrays, repair_remedy
+from shards.arrays import Arrays, map_arrays, repair_remedy
 from shards.cache import ShardCache
 from shards.canonical import canonical_json
 from shards.column import (
@@ -29,15 +29,18 @@ from shards.column import (
     TextColumn,
     column_from_json,
 )
-from shards.errors import CorruptFileError, DatasetError
+from shards.errors import CorruptFileError, DatasetError, UserError
 from shards.receipt import (
     NULL,
     Receipt,
     iter_receipt_files,
     parse_receipt,
+    read_committed,
 )
 from shards.storage import (
     Location,
+    is_remote,
+    list_files,
     list_folders,
     location,
     read_bytes,
@@ -51,6 +54,8 @@ LEDGER = "ledger"
 # Scaled latents have deviation near 1. Wrongly normalised pixels, or latents that were scaled
 # twice, fall far outside; unusual pictures (icons, line art) stay inside.
 LATENT_STD_RANGE = (0.5, 2.0)
+
+_MAX_EVICTIONS = 10  # of one file from a cache that is far too small for its users
 
 Spec = TypeVar("Spec", bound=ColumnSpec)
 
@@ -168,11 +173,27 @@ def expect_dataset(dataset: Location) -> None:
 
 def write_manifest(dataset: Location) -> Json:
     """Bring dataset.json up to its receipts; leaves the file alone when it already is."""
-    manifest = build_manifest(dataset)
-    text, path = canonical_json(manifest), dataset / MANIFEST
-    if size_of(path) is None or read_bytes(path) != text.encode():
-        write_text_whole(path, text)
-    return manifest
+    while True:
+        manifest = build_manifest(dataset)
+        text, path = canonical_json(manifest), dataset / MANIFEST
+        if size_of(path) is None or read_bytes(path) != text.encode():
+            write_text_whole(path, text)
+        # Where nothing can be locked another job may have finished a shard, and written the
+        # file, in between: whoever comes last must have seen all receipts.
+        if not is_remote(dataset) or _names_all_receipts(dataset, manifest):
+            return manifest
+
+
+def _names_all_receipts(dataset: Location, manifest: Json) -> bool:
+    named = {LEDGER: manifest["ledger"].keys()}
+    named |= {name: entry["shards"].keys() for name, entry in manifest["columns"].items()}
+    for folder in list_folders(dataset):
+        there = {
+            n.removesuffix(".json") for n in list_files(dataset / folder) if n.endswith(".json")
+        }
+        if there - {NULL} != set(named.get(folder, ())):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -224,11 +245,20 @@ class Column(Generic[Spec]):
 
     def map_shard(self, shard: str) -> Arrays:
         """Memory-map one shard; see `fetch_shard`."""
-        local = self.fetch_shard(shard)
         where = self.path_of(shard)
-        if local != where and not local.exists():  # another process has just made room
+        for _ in range(_MAX_EVICTIONS):
             local = self.fetch_shard(shard)
-        return map_arrays(local, where)
+            try:
+                return map_arrays(local, where)
+            except CorruptFileError:
+                if local == where or local.exists():
+                    raise
+                # Whoever shares the cache has made room between the two calls.
+        raise UserError(
+            self.cache.folder,
+            f"{where} was evicted {_MAX_EVICTIONS} times before it could be read",
+            remedy="a larger --cache-gib",
+        )
 
 
 class Dataset:
@@ -355,7 +385,7 @@ class Dataset:
             CorruptFileError: it is missing, or not that.
         """
         spec, path = text.spec, text.path_of(NULL)
-        null = read_arrays(path)
+        null = read_committed(path)
         wanted: dict[str, tuple[int, ...]] = {"input_ids": (spec.num_tokens,)}
         if spec.has_states:
             wanted["states"] = (spec.num_tokens, spec.dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,43 +13,41 @@ from shards.dataset import Column
 from shards.errors import DatasetError, StorageError
 
 _NUM_THREADS = 4
+_WINDOWS_AHEAD = 4  # besides the one that is read; where all fits, there is nothing to run after
 
 
 class FetchAhead:
-    """Downloads what the order says will be read, up to `max_bytes` that were not read yet.
+    """Downloads the shards of the window that is read, and of those that follow.
 
     Args:
         columns: image and text column; a shard's files are fetched together.
         shards: their names; a shard is known by its index in this list.
-        windows: shards of each window in the order of need, from `SampleOrder.shards_ahead`.
-        max_bytes: how far to run ahead.
+        windows: from `SampleOrder.shards_ahead`.
+        max_bytes: of all the shards that are wanted at a time.
     """
 
     def __init__(
         self,
         columns: list[Column],
         shards: list[str],
-        windows: Iterator[np.ndarray],
+        windows: Iterator[tuple[int, np.ndarray]],
         max_bytes: int,
     ) -> None:
         self._columns, self._shards, self._windows = columns, shards, windows
         self._max_bytes = max_bytes
-        # Shards that are fetched and not read yet: number of their window, bytes.
-        self._ahead: dict[int, tuple[int, int]] = {}
+        self._step = 0
+        self._first_steps: deque[int] = deque()  # of the windows from the one that is read on
+        self._wanted: dict[int, int] = {}  # shard: first step of the last window that wants it
         self._changed = threading.Condition()
         self._stopped = False
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="fetch")
         self._thread = threading.Thread(target=self._run, name="fetch-ahead", daemon=True)
         self._thread.start()
 
-    def mark_read(self, shards: set[int]) -> None:
-        """Some shards are being read: what they took of the bound is free again."""
+    def reach(self, step: int) -> None:
+        """The reader is at a step: what only windows before it wanted is wanted no more."""
         with self._changed:
-            reached = max((self._ahead.pop(s)[0] for s in shards & self._ahead.keys()), default=0)
-            # A run that began within a window does not need all of that window's shards.
-            passed = [s for s, (window, _) in self._ahead.items() if window < reached]
-            for shard in passed:
-                del self._ahead[shard]
+            self._step = step
             self._changed.notify()
 
     def stop(self) -> None:
@@ -60,24 +59,30 @@ class FetchAhead:
         self._pool.shutdown(cancel_futures=True)
 
     def _run(self) -> None:
-        for number, window in enumerate(self._windows):
+        for first_step, window in self._windows:
+            with self._changed:
+                self._first_steps.append(first_step)
             for shard in window.tolist():
-                if not self._wait_for_room(shard, number):
-                    return
+                with self._changed:
+                    while not (self._stopped or self._fits(shard)):
+                        self._changed.wait()
+                    if self._stopped:
+                        return
+                    self._wanted[shard] = first_step
                 self._pool.submit(self._fetch, shard)
 
-    def _wait_for_room(self, shard: int, window: int) -> bool:
-        size = sum(column.shards[self._shards[shard]]["bytes"] for column in self._columns)
-        with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._stopped
-                    or not self._ahead
-                    or sum(held for _, held in self._ahead.values()) + size <= self._max_bytes
-                )
-            )
-            self._ahead[shard] = (window, size)
-            return not self._stopped
+    def _fits(self, shard: int) -> bool:
+        while len(self._first_steps) > 1 and self._first_steps[1] <= self._step:
+            self._first_steps.popleft()
+        current = self._first_steps[0]
+        self._wanted = {s: first for s, first in self._wanted.items() if first >= current}
+        if len(self._first_steps) > 1 + _WINDOWS_AHEAD:
+            return False
+        wanted = self._wanted.keys() | {shard}
+        return len(wanted) == 1 or sum(map(self._num_bytes, wanted)) <= self._max_bytes
+
+    def _num_bytes(self, shard: int) -> int:
+        return sum(column.shards[self._shards[shard]]["bytes"] for column in self._columns)
 
     def _fetch(self, shard: int) -> None:
         try:

@@ -59,6 +59,15 @@ def _is_abandoned(path: Location, sizes: dict[str, int]) -> bool:
     return is_data and isinstance(path, Path) and f"{path.stem}.json" not in sizes
 
 
+def remove_leftovers(dataset: Location) -> None:
+    """Delete the temporary files that killed processes left, for a job that is about to write."""
+    for folder in filter(_is_ours, list_folders(dataset)):
+        for name in list_files(dataset / folder):
+            path = dataset / folder / name
+            if name.endswith(TEMPORARY_SUFFIX) and _is_abandoned(path, {}):
+                remove(path)
+
+
 def delete_garbage(dataset: Location, columns: list[str]) -> dict[Location, int]:
     """Delete what `find_garbage` finds, and bring dataset.json up to date.
 

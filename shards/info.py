@@ -50,6 +50,7 @@ def _components(column: Column[ImageColumn] | Column[TextColumn]) -> dict[str, f
     share = {name: round(size * stored / rows, 1) for name, size in arrays.items()}
     entries = rows if index == "row" else sum(e["rows_in"] for e in column.shards.values())
     share[index] = round(4 * entries / rows, 1)
+    share["index_checksum"] = round(8 * len(column.shards) / rows, 1)
     headers = column.num_bytes / rows - sum(share.values())
     return {**share, "headers": round(max(headers, 0.0), 1)}
 

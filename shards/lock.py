@@ -43,6 +43,17 @@ def sole_writer(folder: Path, wait_sec: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder that is there, waiting while another process, or thread, holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def held_file(path: Path) -> Iterator[None]:
     """Create a file, or take over one that a killed process left, and hold it.
 

@@ -182,21 +182,26 @@ class SampleOrder:
         shape = (num_steps, len(positions))
         return shards.reshape(shape), rows.reshape(shape)
 
-    def shards_ahead(self, step: int, positions: range) -> Iterator[np.ndarray]:
-        """The shards that a rank reads from a step on, one array for each window, without end.
+    def shards_ahead(self, step: int, positions: range) -> Iterator[tuple[int, np.ndarray]]:
+        """What a rank reads from a step on, window by window, without end.
 
         All of a window's shards are needed at about the same time; the next window's only later.
 
         Args:
             step: where to begin.
             positions: the rank's positions of each global batch.
+
+        Returns:
+            for each window the first step that needs it, and the indices of its shards.
         """
         per_partition = self.global_batch_size // self.num_partitions
         partitions = range(positions.start // per_partition, -(-positions.stop // per_partition))
         epoch, offset = divmod(step * per_partition, self.partition_length)
         window = offset // self.window
         while True:
-            yield np.unique(np.concatenate([self._shards_of(epoch, p, window) for p in partitions]))
+            begins = (epoch * self.partition_length + window * self.window) // per_partition
+            shards = np.concatenate([self._shards_of(epoch, p, window) for p in partitions])
+            yield begins, np.unique(shards)
             window += 1
             if window * self.window >= self.partition_length:
                 epoch, window = epoch + 1, 0

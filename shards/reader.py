@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from shards.arrays import repair_remedy
+from shards.arrays import Arrays, repair_remedy
 from shards.batch import LatentBatch
 from shards.buffers import BufferPool
 from shards.canonical import canonical_json
+from shards.checksum import row_checksums
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
 from shards.errors import CorruptFileError, DatasetError, UserError
@@ -153,7 +154,7 @@ class LatentReader:
         self, step: int, shards: np.ndarray, rows: np.ndarray, pool: ThreadPoolExecutor
     ) -> LatentBatch:
         if self._ahead:
-            self._ahead.mark_read(set(shards.tolist()))
+            self._ahead.reach(step)
         # Both columns at once: the copies and the checksums let go of the interpreter.
         gathering = pool.submit(self.text_rows.gather, shards, self._caption_rows(shards, rows))
         latents = self.image_rows.gather(shards, rows)
@@ -204,24 +205,27 @@ class LatentReader:
             )
         captions = np.asarray(caption)[row]
         _expect_within(captions, num_rows, num_captions, "caption of an image row", text_path)
+        _expect_checksum(row, image, image_path)
+        _expect_checksum(caption, text, text_path)
         return captions
 
     def _start_fetching(self, first_step: int, positions: range) -> FetchAhead:
         """Fetch ahead of need; refuse a cache that cannot hold what one window needs."""
         columns: list[Column] = [self._image, self._text]
-        window = next(self.order.shards_ahead(first_step, positions)).tolist()
-        needed = sum(c.shards[self._shards[index]]["bytes"] for c in columns for index in window)
+        _, window = next(self.order.shards_ahead(first_step, positions))
+        names = [self._shards[index] for index in window.tolist()]
+        needed = sum(column.shards[name]["bytes"] for column in columns for name in names)
         if needed > self._cache_share:
             raise UserError(
                 self._image.cache.folder,
                 f"{self._cache_share / 2**30:.2f} GiB of cache for this process",
-                wanted=f"{needed / 2**30:.2f} GiB, for the {len(window)} shards that are read "
+                wanted=f"{needed / 2**30:.2f} GiB, for the {len(names)} shards that are read "
                 "at a time",
                 remedy="a larger --cache-gib, or a smaller --shuffle-window (another order: not "
                 "in mid-run)",
             )
         ahead = self.order.shards_ahead(first_step, positions)
-        return FetchAhead(columns, self._shards, ahead, self._cache_share - needed)
+        return FetchAhead(columns, self._shards, ahead, self._cache_share)
 
     def _num_shards_to_keep_open(self) -> int:
         """As many as fit into the cache: a map keeps the disk space of a file that was deleted."""
@@ -230,6 +234,14 @@ class LatentReader:
             for shard in self._shards
         )
         return min(max(self._cache_share // max(largest, 1), 1), MAX_OPEN_SHARDS)
+
+
+def _expect_checksum(index: np.ndarray, arrays: Arrays, where: Location) -> None:
+    """A wrong index would give a sample another one's caption, and nothing else would tell."""
+    if not np.array_equal(row_checksums([index[None]]), arrays.get("index_checksum", ())):
+        raise CorruptFileError(
+            where, "its index does not match its checksum", remedy=repair_remedy(where)
+        )
 
 
 def _expect_within(indices: np.ndarray, length: int, size: int, name: str, where: Location) -> None:

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from shards.arrays import Arrays, map_arrays, repair_remedy
 from shards.canonical import canonical_json, sha256_of
 from shards.column import FORMAT_VERSION, Json
 from shards.errors import CorruptFileError, DatasetError
 from shards.storage import (
     Location,
     list_files,
+    local_copy,
     read_bytes,
     read_many,
     remove,
@@ -104,9 +108,15 @@ def commit(
         DatasetError: another worker has just written other bytes for the same shard.
         StorageError: it cannot be written.
     """
-    if receipt := read_receipt_of(data):
-        return receipt
-    remove(receipt_path(data))  # of a data file that is gone or cut short
+    try:
+        receipt = read_receipt(receipt_path(data))
+    except FileNotFoundError:
+        pass
+    else:
+        # The length after the receipt: whoever finished in between is seen whole.
+        if size_of(data) == receipt.data_bytes:
+            return receipt
+        remove(receipt_path(data))  # of a data file that is gone or cut short
     facts: Json = {}
 
     def fill_and_measure(path: Path) -> None:
@@ -163,7 +173,7 @@ def read_receipt(path: Location) -> Receipt:
 
 def parse_receipt(path: Location, data: bytes) -> Receipt:
     """A receipt from its bytes; see `read_receipt`."""
-    remedy = f"python -m shards repair {path.parent.parent}, then the same precompute again"
+    remedy = repair_remedy(path)
     try:
         document = json.loads(data)
         version = document["format_version"]
@@ -193,6 +203,28 @@ def read_receipt_of(data: Location) -> Receipt | None:
     except FileNotFoundError:
         return None
     return receipt if num_bytes == receipt.data_bytes else None
+
+
+def read_committed(data: Location) -> Arrays:
+    """The arrays of a small data file, held to its receipt.
+
+    Raises:
+        CorruptFileError: it, or its receipt, is missing or not what was written.
+    """
+    try:
+        receipt = read_receipt(receipt_path(data))
+        with local_copy(data) as path:
+            if sha256_of(path) != receipt.data_sha256:
+                raise CorruptFileError(
+                    data,
+                    "its bytes are not those that were written (sha256 differs)",
+                    remedy=repair_remedy(data),
+                )
+            return {name: np.array(array) for name, array in map_arrays(path, data).items()}
+    except FileNotFoundError:
+        raise CorruptFileError(
+            data, "is missing, or its receipt is", remedy=repair_remedy(data)
+        ) from None
 
 
 def iter_receipt_files(folder: Location) -> Iterator[tuple[Location, bytes]]:

@@ -86,6 +86,8 @@ def _is_of_storage(error: Exception) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
+    if isinstance(error, PermissionError):
+        return False  # some clients give it no errno
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_ERRNOS
     return type(error).__name__ not in _PERMANENT_NAMES

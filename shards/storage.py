@@ -9,6 +9,7 @@ Operations that fail in passing are tried again (`shards.retry`).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -169,8 +170,7 @@ def local_copy(where: Location) -> Iterator[Path]:
     if isinstance(where, Path):
         yield where
         return
-    with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
-        copy = Path(folder) / where.name
+    with _scratch_file(where, "read") as copy:
         download(where, copy)
         yield copy
 
@@ -220,14 +220,27 @@ def _write_local(path: Path, fill: Callable[[Path], None], replace: bool) -> boo
 def _write_remote(where: UPath, fill: Callable[[Path], None], replace: bool) -> bool:
     filesystem, path = _filesystem(where)
     mode = "overwrite" if replace else "create"
-    with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
-        made = Path(folder) / where.name
+    with _scratch_file(where, "write") as made:
         fill(made)
         try:
             _run(where, "writing", lambda: _put(filesystem, made, path, mode))
         except FileExistsError:
             return False
     return True
+
+
+@contextmanager
+def _scratch_file(where: UPath, purpose: str) -> Iterator[Path]:
+    """A local file for a remote one; what a killed process leaves is overwritten by the next."""
+    folder = Path(tempfile.gettempdir()) / f"latentmill-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    place = hashlib.sha256(f"{purpose} {where}".encode()).hexdigest()[:32]
+    path = folder / f"{place}-{where.name}{TEMPORARY_SUFFIX}"
+    with held_file(path):
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _put(filesystem: Any, made: Path, path: str, mode: str) -> None:

@@ -130,8 +130,8 @@ def _stray_files(folder: Location, sizes: dict[str, int]) -> Iterator[Problem]:
             text = "no receipt: not finished; the next precompute overwrites it"
             yield Problem(folder / name, text)
         elif name.endswith(TEMPORARY_SUFFIX):
-            text = "a temporary file; the next precompute overwrites it, python -m shards gc --yes"
-            yield Problem(folder / name, f"{text} deletes it")
+            text = "a temporary file; the next precompute deletes it, or python -m shards gc --yes"
+            yield Problem(folder / name, text)
         elif suffix not in (*DATA_SUFFIXES, "json"):
             yield Problem(folder / name, "does not belong here")
 
@@ -229,6 +229,9 @@ def _column_problem(arrays: Arrays, receipt: Receipt) -> str:
     for name in spec.row_arrays:
         if not all(np.isfinite(row).all() for row in arrays[name]):
             return f"{name}: a number is not finite"
+    index = arrays["caption" if isinstance(spec, TextColumn) else "row"]
+    if not np.array_equal(row_checksums([index[None]]), arrays["index_checksum"]):
+        return "its index does not match its checksum"
     wrong = np.flatnonzero(
         row_checksums([arrays[name] for name in spec.row_arrays]) != arrays["checksum"]
     )
@@ -237,7 +240,8 @@ def _column_problem(arrays: Arrays, receipt: Receipt) -> str:
 
 def _shape_problem(arrays: Arrays, spec: ColumnSpec) -> str:
     index = "caption" if isinstance(spec, TextColumn) else "row"
-    if missing := {*spec.row_arrays, "checksum", index} - arrays.keys():
+    wanted = {*spec.row_arrays, "checksum", index, "index_checksum"}
+    if missing := wanted - arrays.keys():
         return f"lacks {', '.join(sorted(missing))}"
     for name, (dtype, shape) in spec.row_arrays.items():
         found = arrays[name]

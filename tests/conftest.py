@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
 
 from shards.arrays import save_arrays
-from shards.checksum import row_checksums
+from shards.checksum import with_checksums
 from shards.column import ImageColumn, Json, TextColumn
 from shards.dataset import Dataset, column_path, ledger_path, write_manifest
 from shards.ledger import OK, LedgerRow, count_reasons, save_ledger
@@ -258,8 +258,7 @@ def build_latent_dataset(
             write(
                 column_path(path, column.column_id, shard),
                 {
-                    "moments": moments,
-                    "checksum": row_checksums([moments]),
+                    **with_checksums(column, {"moments": moments}, large.astype(np.int32)),
                     "row": large.astype(np.int32),
                 },
                 **facts,
@@ -271,8 +270,7 @@ def build_latent_dataset(
         write(
             column_path(path, text.column_id, shard),
             {
-                **(texts := random_texts(num_captions)),
-                "checksum": row_checksums([texts["states"]]),
+                **with_checksums(text, random_texts(num_captions), caption),
                 "caption": caption,
             },
             **facts,

@@ -28,7 +28,7 @@ import pytest
 import s3fs  # noqa: F401 - so that a forked process need not import it
 
 from shards.arrays import Arrays, save_arrays
-from shards.checksum import row_checksums
+from shards.checksum import with_checksums
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import column_path, ledger_path, write_manifest
 from shards.errors import UserError
@@ -229,11 +229,11 @@ def _write_shard(job: Job, dataset: Location, number: int, start: float) -> None
     mean = rng.standard_normal(shape) * 4
     moments = np.concatenate([mean, np.full(shape, np.log(9.0))], axis=1).astype(np.float16)
     states = rng.standard_normal((length, 77, TEXT.dim)).astype(np.float16)
-    image: Arrays = {"moments": moments, "checksum": row_checksums([moments])}
-    image["row"] = np.arange(length, dtype=np.int32)
-    text: Arrays = {"states": states, "checksum": row_checksums([states])}
-    text["input_ids"] = rng.integers(0, 1000, (length, 77), dtype=np.uint16)
-    text["caption"] = np.array([*range(length), -1], np.int32)
+    row, caption = np.arange(length, dtype=np.int32), np.array([*range(length), -1], np.int32)
+    input_ids = rng.integers(0, 1000, (length, 77), dtype=np.uint16)
+    texts = {"states": states, "input_ids": input_ids}
+    image: Arrays = {**with_checksums(IMAGE, {"moments": moments}, row), "row": row}
+    text: Arrays = {**with_checksums(TEXT, texts, caption), "caption": caption}
     stats = {"latent_mean": 0.0, "latent_std": 1.0} if length else {}
 
     fill_ledger = partial(save_ledger, rows=rows)

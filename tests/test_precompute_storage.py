@@ -14,8 +14,8 @@ from precompute.columns import CALIBRATION_CAPTIONS, image_columns, text_column
 from precompute.encoders import TextEncoder, choose_device
 from precompute.job import PrecomputeConfig, precompute
 from precompute.model_folder import find_model
-from shards.arrays import map_arrays, read_arrays, save_arrays
-from shards.checksum import row_checksums
+from shards.arrays import map_arrays, save_arrays
+from shards.checksum import row_checksums, with_checksums
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
 from shards.errors import DatasetError, UserError
@@ -92,7 +92,7 @@ def test_the_files_hold_the_declared_arrays_and_nothing_else(everything, storage
     row_arrays = column.spec.row_arrays
     extra = {"row"} if storage in LATENTS else {"caption", "input_ids"}
     for shard, arrays in shards_of(column):
-        assert arrays.keys() == {*row_arrays, "checksum"} | extra
+        assert arrays.keys() == {*row_arrays, "checksum", "index_checksum"} | extra
         stored = column.shards[shard]["rows"] if storage in LATENTS else 10  # captions twice each
         for name, (dtype, shape) in row_arrays.items():
             assert arrays[name].dtype == np.dtype(dtype), name
@@ -215,7 +215,7 @@ def test_the_ids_column_has_no_states_anywhere(everything):
     assert not column.spec.has_states
     bytes_per_caption = 77 * 2 + 8
     for shard, arrays in shards_of(column):
-        assert sum(array.nbytes for array in arrays.values()) == 10 * bytes_per_caption + 20 * 4
+        assert sum(array.nbytes for array in arrays.values()) == 10 * bytes_per_caption + 20 * 4 + 8
         assert column.shards[shard]["bytes"] < 3000
 
 
@@ -344,8 +344,8 @@ def test_a_sample_of_sd2_at_512_costs_at_most_33_and_a_half_kilobytes(tmp_path):
             num_bytes += np.dtype(dtype).itemsize * math.prod(shape)
             numbers = rng.integers(0, 1000, (rows, *shape))
             arrays[name] = numbers.astype(dtype)
-        arrays["checksum"] = row_checksums(list(arrays.values()))
-        arrays[index] = np.arange(rows, dtype=np.int32)
+        indices = np.arange(rows, dtype=np.int32)
+        arrays = {**with_checksums(spec, arrays, indices), index: indices}
         num_bytes += 8 + 4
         path = tmp_path / f"{spec.column_id}.safetensors"
         save_arrays(path, arrays)
@@ -386,6 +386,6 @@ def test_a_null_file_of_another_column_is_refused(everything, tmp_path):
     text = dataset.text_column()
     theirs = everything.read_null(column_of(everything, "ids"))
     save_arrays(text.path_of(NULL), theirs)
-    assert read_arrays(text.path_of(NULL)).keys() == {"input_ids"}
+    assert map_arrays(text.path_of(NULL)).keys() == {"input_ids"}
     with pytest.raises(DatasetError, match="python -m shards repair"):
         dataset.read_null(text)

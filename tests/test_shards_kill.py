@@ -1,5 +1,6 @@
 """Killed at any moment, or two at once: the same command again ends in the same bytes."""
 
+import os
 import random
 import shutil
 import signal
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from helpers_kill import IMAGE, Job, Writer, contents, start, write
 from helpers_s3 import BUCKET, CREDENTIALS, S3
 
 from shards import receipt as receipt_module
+from shards.arrays import map_arrays, save_arrays
 from shards.canonical import sha256_of
 from shards.errors import DatasetError
 from shards.receipt import (
@@ -144,7 +147,16 @@ def test_a_killed_writer_to_an_object_store_leaves_nothing_on_the_local_disk(tmp
     assert write(dying, temporary, **s3.environment)[0] == -signal.SIGKILL
     assert write(job, temporary, **s3.environment) == (0, "")
     assert contents(location(url)) == small
-    assert list(temporary.iterdir()) == []
+    assert [path for path in temporary.rglob("*") if path.is_file()] == []
+
+
+def test_arrays_go_into_the_very_file_that_is_held_so_that_a_kill_leaves_no_other(tmp_path):
+    """Under another name, a killed process would leave it, and the hold would be on nothing."""
+    path = tmp_path / "00000.safetensors.partial"
+    with path.open("wb") as held:
+        save_arrays(path, {"moments": np.zeros(1000, np.float32)})
+        assert os.path.samestat(os.fstat(held.fileno()), path.stat())
+    assert map_arrays(path)["moments"].tolist() == [0.0] * 1000
 
 
 # At the seams.
@@ -186,8 +198,8 @@ def test_killed_at_a_seam_it_ends_in_the_same_bytes(tmp_path, small, die):
 
 REMOTE_SEAMS = {
     "before the data is put": ("fill", DATA, ""),
-    "after the data, before its receipt": ("open", "/00000.json", "w"),
-    "after the receipts, before the manifest": ("open", "/dataset.json", "w"),
+    "after the data, before its receipt": ("open", "-00000.json.partial", "w"),
+    "after the receipts, before the manifest": ("open", "-dataset.json.partial", "w"),
 }
 
 
