@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -131,11 +130,10 @@ class LatentReader:
         if is_remote(self._image.dataset):
             self._ahead = self._start_fetching(first_step, positions)
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="gather-text") as pool:
-                for first in itertools.count(first_step, _STEPS_AT_A_TIME):
-                    located = self.order.locate_steps(first, _STEPS_AT_A_TIME, positions)
-                    for number, (shards, rows) in enumerate(zip(*located, strict=True)):
-                        yield self._gather(first + number, shards, rows, pool)
+            for first in itertools.count(first_step, _STEPS_AT_A_TIME):
+                located = self.order.locate_steps(first, _STEPS_AT_A_TIME, positions)
+                for number, (shards, rows) in enumerate(zip(*located, strict=True)):
+                    yield self._gather(first + number, shards, rows)
         finally:
             if self._ahead:
                 self._ahead.stop()
@@ -147,18 +145,13 @@ class LatentReader:
             CorruptFileError: a shard is missing, cut short, or damaged in a row that is read.
             StorageError: a remote shard cannot be fetched.
         """
-        with ThreadPoolExecutor(1) as pool:
-            return self._gather(step, *self.order.locate(step, positions), pool)
+        return self._gather(step, *self.order.locate(step, positions))
 
-    def _gather(
-        self, step: int, shards: np.ndarray, rows: np.ndarray, pool: ThreadPoolExecutor
-    ) -> LatentBatch:
+    def _gather(self, step: int, shards: np.ndarray, rows: np.ndarray) -> LatentBatch:
         if self._ahead:
             self._ahead.reach(step)
-        # Both columns at once: the copies and the checksums let go of the interpreter.
-        gathering = pool.submit(self.text_rows.gather, shards, self._caption_rows(shards, rows))
         latents = self.image_rows.gather(shards, rows)
-        text = gathering.result()
+        text = self.text_rows.gather(shards, self._caption_rows(shards, rows))
         states: Any = None
         if self._text.spec.storage_dtype == "int8":
             values, scale = text
