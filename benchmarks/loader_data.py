@@ -13,8 +13,10 @@ from benchmarks.peers.samples import SHAPES, draw_sample
 from shards.arrays import save_arrays
 from shards.checksum import with_checksums
 from shards.column import ImageColumn, TextColumn
-from shards.dataset import Dataset, column_path, ledger_path, write_manifest
+from shards.dataset import Dataset
+from shards.layout import column_path, ledger_path
 from shards.ledger import OK, LedgerRow, save_ledger
+from shards.manifest import write_manifest
 from shards.receipt import NULL, Receipt, commit
 
 _ENCODER: dict[str, Any] = {

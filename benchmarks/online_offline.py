@@ -21,8 +21,9 @@ from benchmarks.result import environment, spread
 from precompute.job import PrecomputeConfig, precompute
 from precompute.model_folder import find_model
 from shards.column import ImageColumn, TextColumn
-from shards.dataset import Column, Dataset, iter_receipts
+from shards.dataset import Column, Dataset
 from shards.errors import UserError
+from shards.manifest import iter_receipts
 from shards.order import choose_partitions
 from shards.reader import LatentReader
 from train.config import TrainConfig, preset

@@ -24,7 +24,8 @@ from benchmarks.result import environment, spread
 from shards.arrays import save_arrays
 from shards.canonical import canonical_json
 from shards.column import FORMAT_VERSION, ColumnSpec, ImageColumn, Json, TextColumn
-from shards.dataset import MANIFEST, Dataset, column_path
+from shards.dataset import Dataset
+from shards.layout import MANIFEST, column_path
 from shards.order import DEFAULT_WINDOW, SampleOrder, choose_partitions
 from shards.reader import LatentReader
 from shards.receipt import NULL, Receipt, commit

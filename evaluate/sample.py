@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from evaluate.grid import write_grid
 from evaluate.pipeline import load_pipeline
-from shards.dataset import Dataset, ledger_path
+from shards.dataset import Dataset
+from shards.layout import ledger_path
 from shards.ledger import OK, read_ledger
 
 

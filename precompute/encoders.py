@@ -76,7 +76,8 @@ class ImageEncoder:
     """
 
     def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
-        self._model, self._device, self._dtype = model, device, dtype
+        self.device = device
+        self._model, self._dtype = model, dtype
         self._vae = load_vae(model, device, dtype)
         self._float32_vae: Any = None
 
@@ -97,7 +98,7 @@ class ImageEncoder:
         overflowed = (~torch.isfinite(moments).flatten(1).all(dim=1)).nonzero().flatten()
         if len(overflowed):
             self._float32_vae = self._float32_vae or load_vae(
-                self._model, self._device, torch.float32
+                self._model, self.device, torch.float32
             )
             moments[overflowed] = self._run(self._float32_vae, pixel_values[overflowed].float())
         return moments, len(overflowed)

@@ -14,10 +14,11 @@ from precompute.filters import Filter
 from precompute.model_folder import ModelFolder, find_model
 from precompute.progress import Progress
 from shards.column import ColumnSpec, Json, TextColumn
-from shards.dataset import LEDGER, column_path, write_manifest
 from shards.errors import DatasetError, UnreadableShardError, UserError
 from shards.garbage import remove_leftovers
 from shards.image_shards import SourceShard, find_shards
+from shards.layout import LEDGER, column_path
+from shards.manifest import write_manifest
 from shards.receipt import NULL, Receipt, finished_shards, read_receipt_of, refuse_changed_source
 from shards.storage import Location, location, writing_job
 
@@ -34,7 +35,7 @@ class PrecomputeConfig:
     """
 
     shards: str
-    """Image shards: webdataset tars as img2dataset writes them; braces, * and fsspec URLs work."""
+    """Image shards: webdataset tars as of img2dataset; braces, globs and fsspec URLs work."""
     out: str = "data/latents"
     """Latent dataset: a folder, or a URL such as s3://bucket/latents."""
     model: str = DEFAULT_MODEL
@@ -203,7 +204,6 @@ def _encode_all(
         encoders = Encoders(
             image=ImageEncoder(model, device, torch_dtype),
             text=TextEncoder(model, device, torch_dtype),
-            device=device,
             batch_size=config.batch_size,
             pool=pool,
             decode_ahead=2 * config.batch_size + num_workers,

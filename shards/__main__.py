@@ -24,11 +24,13 @@ from typing import Any
 from tqdm import tqdm
 
 from shards.column import Json
-from shards.dataset import LEDGER, Dataset, write_manifest
+from shards.dataset import Dataset
 from shards.errors import DatasetError, reported
 from shards.export import FORMATS, export
 from shards.garbage import delete_garbage, find_garbage
 from shards.info import describe, print_info
+from shards.layout import LEDGER
+from shards.manifest import write_manifest
 from shards.repair import repair
 from shards.storage import Location, list_folders, location
 from shards.verify import count_bytes, iter_problems

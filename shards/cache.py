@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from shards.arrays import repair_remedy
 from shards.canonical import sha256_of
 from shards.errors import CorruptFileError, UserError
 from shards.lock import held_file, held_folder, is_held
@@ -63,7 +64,11 @@ class ShardCache:
                 f"holds {self.max_bytes:,} bytes, {where} has {num_bytes:,}",
                 remedy="a larger --cache-gib",
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"cannot be made ({error.strerror})"
+            raise UserError(self.folder, message, remedy="another --cache-dir") from None
         lock = path.with_name(path.name + _LOCK_SUFFIX)
         with held_file(lock):  # another process may be fetching the same file
             try:
@@ -126,11 +131,7 @@ def _download_intact(where: UPath, to: Path, num_bytes: int, sha256: str) -> Non
         try:
             download(where, to)
         except FileNotFoundError:
-            raise CorruptFileError(
-                where,
-                "is missing",
-                remedy=f"python -m shards repair {where.parent.parent}, then the same precompute",
-            ) from None
+            raise CorruptFileError(where, "is missing", remedy=repair_remedy(where)) from None
         if to.stat().st_size == num_bytes and sha256_of(to) == sha256:
             return
         found = f"{to.stat().st_size} bytes with sha256 {sha256_of(to)[:12]}…"
@@ -138,5 +139,5 @@ def _download_intact(where: UPath, to: Path, num_bytes: int, sha256: str) -> Non
         where,
         f"{found}, {REMOTE.attempts} times",
         wanted=f"{num_bytes} bytes with {sha256[:12]}…, as its receipt says",
-        remedy=f"python -m shards repair {where.parent.parent}, then the same precompute again",
+        remedy=repair_remedy(where),
     )

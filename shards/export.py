@@ -21,8 +21,9 @@ from shards.arrays import Arrays, repair_remedy
 from shards.canonical import canonical_json
 from shards.checksum import row_checksums
 from shards.column import ImageColumn, Json, TextColumn
-from shards.dataset import Column, Dataset, ledger_path
+from shards.dataset import Column, Dataset
 from shards.errors import CorruptFileError, UserError
+from shards.layout import ledger_path
 from shards.ledger import read_ledger
 from shards.mds import MdsShard, index_text
 from shards.quantize import latents_of, states_of

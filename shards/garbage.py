@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from shards.dataset import LEDGER, expect_dataset, write_manifest
+from shards.dataset import expect_dataset
 from shards.errors import UserError
+from shards.layout import LEDGER
 from shards.lock import is_held
+from shards.manifest import write_manifest
 from shards.receipt import DATA_SUFFIXES
 from shards.storage import (
     TEMPORARY_SUFFIX,

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Self, TypeVar
 
 from shards.column import Json
-from shards.dataset import LEDGER, NULL
 from shards.errors import UnreadableShardError, UserError
+from shards.layout import LEDGER
+from shards.receipt import NULL
 
 Data = TypeVar("Data")
 
@@ -58,7 +59,8 @@ def find_shards(patterns: str) -> tuple[list[SourceShard], list[str]]:
     """The image shards that patterns name, and the gaps in their numbering.
 
     Args:
-        patterns: paths or fsspec URLs with `{00000..00099}` and `*`, separated by white space.
+        patterns: paths or fsspec URLs, separated by white space, with `{00000..00099}`, `*`, `?`
+            and `[01]`.
 
     Returns:
         shards in order, and the names out of brace ranges that do not exist.
@@ -95,15 +97,21 @@ def find_shards(patterns: str) -> tuple[list[SourceShard], list[str]]:
 
 
 def _list_files(url: str) -> tuple[Any, list[str]]:
-    """The files that a URL with or without `*` names, and the filesystem that they are in."""
+    """The files that a URL with or without patterns names, and the filesystem that they are in."""
     import fsspec
 
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-        paths = sorted(filesystem.glob(path)) if "*" in path else [path]
+        paths = sorted(filesystem.glob(path)) if _is_pattern(url, filesystem, path) else [path]
         return filesystem, [one for one in paths if filesystem.isfile(one)]
     except (ImportError, OSError, ValueError) as error:  # no such protocol, or not installed
         raise UserError(url, f"cannot be listed ({error})", wanted="image shards") from None
+
+
+def _is_pattern(url: str, filesystem: Any, path: str) -> bool:
+    """Whether a name is to be matched; in a web address `?` and `[` are what they are."""
+    signs = "*" if url.startswith(("http://", "https://")) else "*?["
+    return any(sign in path for sign in signs) and not filesystem.isfile(path)
 
 
 def _shard_name(url: str) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shards.dataset import expect_dataset, write_manifest
+from shards.dataset import expect_dataset
+from shards.manifest import write_manifest
 from shards.receipt import DATA_SUFFIXES
 from shards.storage import Location, list_files, list_folders, move, writing_job
 from shards.verify import Problem, iter_problems

@@ -18,16 +18,11 @@ from shards.arrays import Arrays, map_arrays
 from shards.canonical import canonical_json, sha256_of
 from shards.checksum import row_checksums
 from shards.column import ColumnSpec, TextColumn, column_from_json
-from shards.dataset import (
-    LEDGER,
-    MANIFEST,
-    Dataset,
-    build_manifest,
-    expect_dataset,
-    parse_receipt_in_place,
-)
+from shards.dataset import Dataset, expect_dataset
 from shards.errors import CorruptFileError, DatasetError
+from shards.layout import LEDGER, MANIFEST
 from shards.ledger import OK, LedgerRow, count_reasons, read_ledger
+from shards.manifest import build_manifest, parse_receipt_in_place
 from shards.receipt import DATA_SUFFIXES, NULL, Receipt, iter_receipt_files
 from shards.storage import (
     TEMPORARY_SUFFIX,

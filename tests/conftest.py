@@ -29,8 +29,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
 from shards.arrays import save_arrays
 from shards.checksum import with_checksums
 from shards.column import ImageColumn, Json, TextColumn
-from shards.dataset import Dataset, column_path, ledger_path, write_manifest
+from shards.dataset import Dataset
+from shards.layout import column_path, ledger_path
 from shards.ledger import OK, LedgerRow, count_reasons, save_ledger
+from shards.manifest import write_manifest
 from shards.receipt import NULL, Receipt, commit, receipt_path, write_receipt
 
 REPOSITORY = Path(__file__).parent.parent
@@ -88,6 +90,17 @@ def run_python(*args: object, **environment: str) -> subprocess.CompletedProcess
         timeout=120,
         check=False,
     )
+
+
+def status_of(*args: object) -> int:
+    """Exit status of `python -m shards <args>`, run in this process."""
+    from shards.__main__ import main
+
+    try:
+        main(list(map(str, args)))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def rewrite_receipt(data: Path, receipt: Receipt) -> None:

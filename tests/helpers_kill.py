@@ -30,9 +30,10 @@ import s3fs  # noqa: F401 - so that a forked process need not import it
 from shards.arrays import Arrays, save_arrays
 from shards.checksum import with_checksums
 from shards.column import ImageColumn, TextColumn
-from shards.dataset import column_path, ledger_path, write_manifest
 from shards.errors import UserError
+from shards.layout import column_path, ledger_path
 from shards.ledger import OK, LedgerRow, count_reasons, save_ledger
+from shards.manifest import write_manifest
 from shards.receipt import NULL, Receipt, commit
 from shards.storage import Location, list_files, list_folders, location, read_bytes, read_many
 

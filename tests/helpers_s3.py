@@ -7,11 +7,16 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import fsspec
+import pytest
 from moto.server import ThreadedMotoServer
+
+from shards.storage import location
 
 BUCKET = "bucket"
 CREDENTIALS = {
@@ -85,6 +90,25 @@ class S3:
         self._proxy.shutdown()
         self._proxy.server_close()
         self._server.stop()
+
+
+@contextmanager
+def running_s3(bucket: str) -> Iterator[S3]:
+    """A server with a bucket, and this process set up to talk to it.
+
+    All servers of one process share their buckets: modules take one each.
+    """
+    server = S3()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.endpoint})
+        filesystem = location(f"s3://{bucket}").fs
+        with suppress(FileExistsError):
+            filesystem.mkdir(bucket)
+        yield server
+        filesystem.clear_instance_cache()
+    server.stop()
 
 
 def _proxy(faults: Faults, host: str, port: int) -> ThreadingHTTPServer:

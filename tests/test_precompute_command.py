@@ -73,7 +73,7 @@ def test_too_many_dropped_rows_are_status_one_and_the_dataset_stays(
 ):
     assert run(max_drop_frac=limit) == status
     captured = capsys.readouterr()
-    assert ("30.0% of the source rows were dropped" in captured.err) == (status == 1)
+    assert ("30.0% of the wanted source rows were dropped" in captured.err) == (status == 1)
     assert ("Remedy: " in captured.err) == (status == 1)
     assert (tmp_path / "out" / "dataset.json").exists()
     assert run(max_drop_frac=limit) == status  # and again, with nothing to do

@@ -15,18 +15,19 @@ from conftest import (
     rewrite_receipt,
     sample_members,
     smooth_image,
+    status_of,
     write_tar,
 )
 from PIL import Image
 
 from precompute.decode_back import MAX_RELATIVE_ERROR, decode_back
 from precompute.job import PrecomputeConfig, precompute
-from shards.__main__ import main
 from shards.arrays import map_arrays, save_arrays
 from shards.checksum import row_checksums
 from shards.column import Json
-from shards.dataset import Dataset, write_manifest
+from shards.dataset import Dataset
 from shards.errors import DatasetError, UserError
+from shards.manifest import write_manifest
 from shards.receipt import Receipt, file_facts, read_receipt
 from shards.verify import iter_problems
 
@@ -70,14 +71,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 def dataset(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> Path:
     """A copy of the dataset of moments; its sources are where they were."""
     return shutil.copytree(made("moments")[1], tmp_path / "latents")
-
-
-def status_of(*args: object) -> int:
-    try:
-        main(list(map(str, args)))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 def rewrite(dataset: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -293,7 +286,7 @@ def test_images_that_were_normalised_wrongly_are_found(made, tmp_path, monkeypat
         "BGR": lambda x: x.flip(1).float() / 127.5 - 1,
     }[pixels]
     monkeypatch.setattr(
-        "precompute.shard_job.to_pixel_values", lambda x, device: wrong(torch.from_numpy(x))
+        "precompute.image_rows.to_pixel_values", lambda x, device: wrong(torch.from_numpy(x))
     )
     out = tmp_path / "latents"
     settings: dict[str, Any] = {"model": str(TINY_MODEL), "resolutions": "64", "device": "cpu"}

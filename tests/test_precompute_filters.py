@@ -11,8 +11,9 @@ from precompute.account import dropped_frac
 from precompute.filters import Filter
 from precompute.job import PrecomputeConfig, precompute
 from precompute.pixels import UnusableImageError, peek_size
-from shards.dataset import Dataset, ledger_path
+from shards.dataset import Dataset
 from shards.errors import DatasetError, UserError
+from shards.layout import ledger_path
 from shards.ledger import read_ledger
 
 LAION = "punsafe < 0.1 and pwatermark < 0.8 and similarity > 0.28 and min(width, height) >= 256"

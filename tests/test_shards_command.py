@@ -5,9 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import run_python, status_of
 
-from shards.__main__ import main
 from shards.dataset import Dataset
 
 
@@ -15,14 +14,6 @@ from shards.dataset import Dataset
 def dataset(tmp_path: Path, make_latent_dataset: Callable[..., Dataset]) -> Path:
     small = {"num_tokens": 5, "dim": 8, "captions_per_shard": 2, "dropped": 2, "too_small": 1}
     return make_latent_dataset(tmp_path / "latents", [5, 7], resolutions=(32, 64), **small).path
-
-
-def status_of(*args: object) -> int:
-    try:
-        main(list(map(str, args)))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 def test_info_shows_columns_rows_and_what_is_absent(dataset, capsys):

@@ -18,8 +18,9 @@ from precompute.job import PrecomputeConfig, precompute
 from shards.arrays import map_arrays, save_arrays
 from shards.checksum import row_checksums
 from shards.column import Json
-from shards.dataset import Dataset, write_manifest
+from shards.dataset import Dataset
 from shards.errors import CorruptFileError, DatasetError
+from shards.manifest import write_manifest
 from shards.quantize import channel_scale, quantize_latents, quantize_states
 from shards.reader import LatentReader
 from shards.receipt import NULL, Receipt, commit, read_receipt

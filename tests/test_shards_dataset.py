@@ -12,8 +12,9 @@ import pytest
 from conftest import rewrite_receipt
 
 from shards.column import ImageColumn, Json
-from shards.dataset import Dataset, build_manifest, write_manifest
+from shards.dataset import Dataset
 from shards.errors import CorruptFileError, DatasetError
+from shards.manifest import build_manifest, write_manifest
 from shards.receipt import Receipt, read_receipt
 
 SMALL = {"num_tokens": 5, "dim": 8, "captions_per_shard": 2}

@@ -11,13 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY_MODEL, image_bytes, sample_members, smooth_image, write_tar
-from helpers_s3 import CREDENTIALS, S3
+from conftest import (
+    REPOSITORY,
+    TINY_MODEL,
+    image_bytes,
+    sample_members,
+    smooth_image,
+    status_of,
+    write_tar,
+)
+from helpers_s3 import S3, running_s3
 
-from shards.__main__ import main
 from shards.arrays import save_arrays
 from shards.dataset import Dataset
 from shards.errors import DatasetError, UserError
@@ -37,14 +43,6 @@ CAPTIONS = [
 ]
 BUCKET = "export"  # servers of one process share their buckets
 ODD_KEYS = ["000", "000", "a b", "../up", "x/y", "ключ", "__meta", "-", "000"]
-
-
-def status_of(*args: object) -> int:
-    try:
-        main(list(map(str, args)))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -544,16 +542,9 @@ def test_a_null_file_that_is_gone_is_one_line(small, tmp_path, capsys):
 
 @pytest.fixture
 def s3(tmp_path: Path) -> Iterator[S3]:
-    server = S3()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
+    with running_s3(BUCKET) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.endpoint})
-        location(f"s3://{BUCKET}").fs.mkdir(BUCKET)
         yield server
-        location(f"s3://{BUCKET}").fs.clear_instance_cache()
-    server.stop()
 
 
 def test_from_s3_to_s3_is_the_same_to_the_byte(s3, small, tmp_path, capsys):

@@ -6,16 +6,14 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 from helpers_kill import Job, contents, write_dataset
-from helpers_s3 import BUCKET, CREDENTIALS, S3
+from helpers_s3 import BUCKET, S3, running_s3
 
 from precompute.job import PrecomputeConfig, precompute
 from shards import storage
@@ -50,21 +48,13 @@ SMALL = {"num_tokens": 5, "dim": 8, "captions_per_shard": 3}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3]:
-    server = S3()
-    server._proxy.RequestHandlerClass.disable_nagle_algorithm = True
-    server.faults.stall_sec = 0.8
+    config: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 0.4}
+    config["retries"] = {"mode": "standard", "total_max_attempts": 1}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.endpoint})
-        config = {"connect_timeout": 2, "read_timeout": 0.4}
-        config["retries"] = {"mode": "standard", "total_max_attempts": 1}
         patch.setitem(storage._S3_OPTIONS, "config_kwargs", config)
-        with suppress(FileExistsError):  # the servers of one process share their buckets
-            location(f"s3://{BUCKET}").fs.mkdir(BUCKET)
-        yield server
-        location(f"s3://{BUCKET}").fs.clear_instance_cache()
-    server.stop()
+        with running_s3(BUCKET) as running:
+            running.faults.stall_sec = 0.8
+            yield running
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
-from helpers_s3 import CREDENTIALS, S3
+from conftest import status_of
+from helpers_s3 import S3, running_s3
 from helpers_train import Killed
 
-from shards.__main__ import main
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.garbage import delete_garbage, find_garbage
@@ -31,23 +30,8 @@ def dataset(tmp_path: Path, make_latent_dataset: Callable[..., Dataset]) -> Path
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3]:
-    server = S3()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.endpoint})
-        location(f"s3://{BUCKET}").fs.mkdir(BUCKET)
+    with running_s3(BUCKET) as server:
         yield server
-        location(f"s3://{BUCKET}").fs.clear_instance_cache()
-    server.stop()
-
-
-def status_of(*args: object) -> int:
-    try:
-        main(list(map(str, args)))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 def column_id(dataset: Location, name: str) -> str:

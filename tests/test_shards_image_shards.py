@@ -409,3 +409,18 @@ def test_real_shards_of_img2dataset_are_read_whole(emoji_shards):
     assert {"url", "key", "status"} <= samples[0].metadata.keys()
     whole = (emoji_shards / "00000.tar").read_bytes()
     assert stream.sha256 == hashlib.sha256(whole).hexdigest()
+
+
+def test_globs_of_all_kinds_name_shards_and_a_file_of_that_very_name_is_meant(tmp_path):
+    for name in ("00000", "00001", "00002", "00010", "odd[1]"):
+        write_tar(tmp_path / f"{name}.tar", three_samples())
+
+    def names(pattern: str) -> list[str]:
+        return [shard.name for shard in find_shards(f"{tmp_path}/{pattern}")[0]]
+
+    assert names("0000[01].tar") == ["00000", "00001"]
+    assert names("0000?.tar") == ["00000", "00001", "00002"]
+    assert names("000*{0,2}.tar") == ["00000", "00002", "00010"]
+    assert names("odd[1].tar") == ["odd[1]"]
+    with pytest.raises(UserError, match="no such image shard"):
+        names("0001[5-9].tar")

@@ -8,23 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import NUM_SHARDS, SHARD_LENGTH, TINY_MODEL, run_python
+from conftest import NUM_SHARDS, SHARD_LENGTH, TINY_MODEL, run_python, status_of
 
 from precompute.job import PrecomputeConfig, precompute
-from shards.__main__ import build_parser, main
+from shards.__main__ import build_parser
 from shards.dataset import Dataset
 from shards.info import describe
 
 COMMANDS = ("info", "verify", "repair", "gc", "export", "index")
 VARIANTS = [("moments", "fp16"), ("mean-int8", "ids"), ("moments-int8", "int8")]
-
-
-def status_of(*args: object) -> int:
-    try:
-        main(list(map(str, args)))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 from helpers_kill import IMAGE, Job, Writer, contents, start, write
-from helpers_s3 import BUCKET, CREDENTIALS, S3
+from helpers_s3 import BUCKET, S3, running_s3
 
 from shards import receipt as receipt_module
 from shards.arrays import map_arrays, save_arrays
@@ -61,17 +59,8 @@ def job_at(job: Job, url: str, **changed: Any) -> Job:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3]:
-    server = S3()
-    server._proxy.RequestHandlerClass.disable_nagle_algorithm = True
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": server.endpoint})
-        with suppress(FileExistsError):  # the servers of one process share their buckets
-            location(f"s3://{BUCKET}").fs.mkdir(BUCKET)
+    with running_s3(BUCKET) as server:
         yield server
-        location(f"s3://{BUCKET}").fs.clear_instance_cache()
-    server.stop()
 
 
 def expect_only_whole_shards(dataset: Location) -> int:

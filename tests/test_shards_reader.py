@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 
 from shards.arrays import map_arrays, save_arrays
 from shards.batch import LatentBatch
-from shards.dataset import Dataset, write_manifest
+from shards.dataset import Dataset
 from shards.errors import DatasetError
 from shards.ledger import read_ledger
+from shards.manifest import write_manifest
 from shards.order import choose_partitions, positions_of_rank
 from shards.reader import LatentReader
 from shards.receipt import Receipt, file_facts, read_receipt

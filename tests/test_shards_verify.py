@@ -10,8 +10,9 @@ import pytest
 from conftest import rewrite_receipt
 
 from shards.arrays import map_arrays, save_arrays
-from shards.dataset import Dataset, write_manifest
+from shards.dataset import Dataset
 from shards.errors import DatasetError
+from shards.manifest import write_manifest
 from shards.receipt import Receipt, file_facts, read_receipt
 from shards.verify import iter_problems
 
