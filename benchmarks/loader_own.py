@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.loader_data import IMAGE
 from benchmarks.peers.samples import SAMPLE_BYTES, SHAPES, Batch
-from benchmarks.peers.worker import OpenBatches, serve
+from benchmarks.peers.worker import serve
 from shards.dataset import Dataset
 from shards.order import choose_partitions
 from shards.prefetch import prefetch
@@ -39,13 +39,15 @@ def build_reader(dataset: Dataset, batch_size: int) -> LatentReader:
     )
 
 
-def read_batches(reader: LatentReader, batch_size: int) -> Iterator[Batch]:
-    """What the trainer gets, through the reader's background thread."""
+def read_batches(reader: LatentReader, batch_size: int, arrays: list[str]) -> Iterator[Batch]:
+    """What the trainer gets, through the reader's background thread; or one column of it."""
+    if len(arrays) == 1:
+        yield from _read_column(reader, batch_size, arrays[0])
     for batch in reader.iter_batches(0, range(batch_size)):
         yield {"sample": batch.samples, "moments": batch.moments, "states": batch.states}
 
 
-def read_column(reader: LatentReader, batch_size: int, name: str) -> Iterator[Batch]:
+def _read_column(reader: LatentReader, batch_size: int, name: str) -> Iterator[Batch]:
     """The same samples of one column alone; here each has a caption of its own, in its own row."""
     gatherer = {"moments": reader.image_rows, "states": reader.text_rows}[name]
 
@@ -85,11 +87,8 @@ def main(arguments: list[str]) -> None:
         return
     arrays = [name for name in SHAPES if name in rest[0].split(",")]
     reader = build_reader(Dataset(what), int(batch_size))
-    read: OpenBatches = partial(read_batches, reader, int(batch_size))
-    if len(arrays) == 1:
-        read = partial(read_column, reader, int(batch_size), arrays[0])
     settings = {"partitions": reader.order.num_partitions, "window": reader.order.window}
-    serve(read, {"settings": settings})
+    serve(partial(read_batches, reader, int(batch_size), arrays), {"settings": settings})
 
 
 if __name__ == "__main__":

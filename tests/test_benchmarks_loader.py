@@ -81,7 +81,7 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.parametrize("arrays", [["moments", "states"], ["moments"], ["states"]])
 def test_our_arms_deliver_every_sample_once_with_its_bytes(dataset, arrays):
-    batches = read_batches(build_reader(dataset, 8, arrays), 8, arrays)
+    batches = read_batches(build_reader(dataset, 8), 8, arrays)
     answer = digest_block(batches, 0, 3)
     batches.close()
     assert sorted(answer["numbers"]) == list(range(24))
@@ -131,7 +131,7 @@ def test_a_block_counts_what_follows_the_skipped_batches():
 
 
 def test_calls_are_counted_in_the_threads_that_the_arm_starts(dataset):
-    reader = build_reader(dataset, 8, ["moments"])
+    reader = build_reader(dataset, 8)
     single = count_calls(lambda: endless(8), 2, 4)
     threaded = count_calls(lambda: read_batches(reader, 8, ["moments"]), 2, 4)
     assert single["samples"] == threaded["samples"] == 32
