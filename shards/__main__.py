@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from shards.cache import bounded_cache
 from shards.column import Json
 from shards.dataset import Dataset
 from shards.errors import DatasetError, reported
@@ -100,6 +101,20 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument("--image-column", default="", metavar="ID", help="where there are several")
     out.add_argument("--text-column", default="", metavar="ID", help="where there are several")
     add("index", run_index, "rebuild dataset.json from the receipts")
+    for command in (verify, out):  # these read single rows, through a local copy of the shard
+        command.add_argument(
+            "--cache-dir",
+            default="",
+            metavar="FOLDER",
+            help="for the shards of a remote dataset; default: ~/.cache/latentmill/shards",
+        )
+        command.add_argument(
+            "--cache-gib",
+            type=float,
+            default=100.0,
+            metavar="GIB",
+            help="bound of that cache; default: %(default)s",
+        )
     return parser
 
 
@@ -130,7 +145,8 @@ def run_verify(args: argparse.Namespace) -> int:
     if args.decode:
         from precompute.decode_back import decode_back
 
-        decoded = decode_back(Dataset(args.dataset), args.decode, args.model)
+        dataset = Dataset(args.dataset, bounded_cache(args.cache_dir, args.cache_gib))
+        decoded = decode_back(dataset, args.decode, args.model)
         problems += [column["problem"] for column in decoded if column["problem"]]
     if args.json:
         print(json.dumps({"dataset": str(args.dataset), "problems": problems, "decoded": decoded}))
@@ -205,7 +221,7 @@ def run_gc(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Hand latents to other trainers."""
-    dataset = Dataset(args.dataset)
+    dataset = Dataset(args.dataset, bounded_cache(args.cache_dir, args.cache_gib))
     resolutions = dataset.resolutions()
     if not args.resolution and len(resolutions) != 1:
         raise DatasetError(dataset.path, f"resolutions {resolutions}", remedy="--resolution")

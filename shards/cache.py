@@ -30,6 +30,11 @@ def default_cache_folder() -> Path:
     return Path(base) / "latentmill" / "shards"
 
 
+def bounded_cache(folder: str, gib: float) -> ShardCache:
+    """The cache that `--cache-dir` and `--cache-gib` name; an empty folder is the default one."""
+    return ShardCache(Path(folder) if folder else None, round(gib * 2**30))
+
+
 class ShardCache:
     """Local copies of remote files, at most `max_bytes` of them.
 

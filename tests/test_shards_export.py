@@ -30,7 +30,7 @@ from shards.errors import DatasetError, UserError
 from shards.export import FORMATS, export
 from shards.ledger import read_ledger
 from shards.mds import MAX_SHARD_BYTES, MdsShard
-from shards.storage import list_files, location, read_bytes
+from shards.storage import list_files, location, read_bytes, write_whole
 from shards.verify import iter_problems
 
 CAPTIONS = [
@@ -564,3 +564,17 @@ def test_from_s3_to_s3_is_the_same_to_the_byte(s3, small, tmp_path, capsys):
             assert read_bytes(remote / path.name) == path.read_bytes(), path.name
     assert status_of("export", url, f"s3://{BUCKET}/mds", "--format", "webdataset") == 2
     assert "holds another export" in capsys.readouterr().err
+
+
+def test_a_remote_dataset_is_exported_through_the_cache_that_was_named(s3, small, tmp_path):
+    folder = f"s3://{BUCKET}/named"
+    for path in sorted(small.path.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            where = location(folder) / str(path.relative_to(small.path))
+            write_whole(where, lambda file, data=data: file.write_bytes(data) and None)
+    cache = tmp_path / "named-cache"
+    assert status_of("export", folder, tmp_path / "out", "--cache-dir", cache) == 0
+    assert list(cache.glob("*.safetensors"))
+    too_small = ("--cache-dir", tmp_path / "tiny", "--cache-gib", "1e-7")
+    assert status_of("export", folder, tmp_path / "other", *too_small) == 2

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
-from shards.cache import ShardCache
+from shards.cache import bounded_cache
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
 from shards.errors import DatasetError, UserError, reported
@@ -50,10 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: TrainConfig) -> None:
     """Put the pieces together: dataset, reader, trainer, samples."""
-    cache = ShardCache(
-        Path(config.cache_dir) if config.cache_dir else None, round(config.cache_gib * 2**30)
-    )
-    dataset = Dataset(config.data, cache)
+    dataset = Dataset(config.data, bounded_cache(config.cache_dir, config.cache_gib))
     image = dataset.image_column(config.resolution, config.image_column)
     text = dataset.text_column(config.text_column, config.text)
     check_fits(load_unet_config(config.unet), image, text)
