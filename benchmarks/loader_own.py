@@ -19,12 +19,10 @@ from benchmarks.peers.worker import serve
 from shards.dataset import Dataset
 from shards.order import choose_partitions
 from shards.prefetch import prefetch
-from shards.reader import LatentReader
+from shards.reader import PREFETCH_DEPTH, STEPS_AT_A_TIME, LatentReader
 
 # More than the CPU caches hold, and no more of them than a reader that runs ahead has in flight.
 _MEMCPY_BUFFERS = 6
-# As the reader itself has them.
-_STEPS_AT_A_TIME, _PREFETCH_DEPTH = 32, 4
 
 
 def build_reader(dataset: Dataset, batch_size: int) -> LatentReader:
@@ -52,13 +50,13 @@ def _read_column(reader: LatentReader, batch_size: int, name: str) -> Iterator[B
     gatherer = {"moments": reader.image_rows, "states": reader.text_rows}[name]
 
     def gather_all() -> Iterator[Batch]:
-        for first in itertools.count(0, _STEPS_AT_A_TIME):
-            located = reader.order.locate_steps(first, _STEPS_AT_A_TIME, range(batch_size))
+        for first in itertools.count(0, STEPS_AT_A_TIME):
+            located = reader.order.locate_steps(first, STEPS_AT_A_TIME, range(batch_size))
             for shards, rows in zip(*located, strict=True):
                 (values,) = gatherer.gather(shards, rows)
                 yield {"sample": reader.sample_numbers(shards, rows), name: values}
 
-    return prefetch(gather_all(), _PREFETCH_DEPTH)
+    return prefetch(gather_all(), PREFETCH_DEPTH)
 
 
 def copy_batches(num_samples: int, batch_size: int) -> Iterator[Batch]:

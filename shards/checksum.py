@@ -33,7 +33,12 @@ def with_checksums(
         the arrays, `checksum` uint64 [N] of their rows and `index_checksum` uint64 [1].
     """
     checksum = row_checksums([arrays[name] for name in spec.row_arrays])
-    return {**arrays, "checksum": checksum, "index_checksum": row_checksums([index[None]])}
+    return {**arrays, "checksum": checksum, "index_checksum": index_checksum(index)}
+
+
+def index_checksum(index: np.ndarray) -> np.ndarray:
+    """Checksum uint64 [1] over the whole of `row` or `caption`."""
+    return row_checksums([index[None]])
 
 
 def row_checksums(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -35,6 +35,7 @@ class ColumnSpec(ABC):
 
     kind: ClassVar[str]
     storage_dtypes: ClassVar[tuple[str, ...]]
+    index_array: ClassVar[str]  # what connects a shard's rows with the ledger's
     weights_sha256: str
     encoder_config: Json
     compute_dtype: str
@@ -82,6 +83,7 @@ class ImageColumn(ColumnSpec):
 
     kind: ClassVar[str] = "image"
     storage_dtypes: ClassVar[tuple[str, ...]] = ("float16", "int8")
+    index_array: ClassVar[str] = "row"
     latents: str = "moments"
     resolution: int
     latent_channels: int
@@ -129,6 +131,7 @@ class TextColumn(ColumnSpec):
 
     kind: ClassVar[str] = "text"
     storage_dtypes: ClassVar[tuple[str, ...]] = ("float16", "int8", "none")
+    index_array: ClassVar[str] = "caption"
     num_tokens: int
     dim: int
     tokenizer_sha256: str

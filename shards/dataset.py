@@ -180,15 +180,11 @@ class Dataset:
             column_id: empty where there is one.
             holding: `states`, `ids` (token ids alone), or `auto`: states where there are any.
         """
-        columns = self._of_kind(TextColumn)
-        with_states = [column for column in columns if column.spec.has_states]
-        if column_id:
-            wanted = {"ids": (False,), "states": (True,)}.get(holding, (False, True))
-            found = [column for column in columns if column.spec.has_states in wanted]
-        elif holding == "ids":
-            found = [column for column in columns if not column.spec.has_states]
-        else:
-            found = with_states or (columns if holding == "auto" else [])
+        found = self._of_kind(TextColumn)
+        if holding != "auto":
+            found = [c for c in found if c.spec.has_states == (holding == "states")]
+        elif not column_id:
+            found = [c for c in found if c.spec.has_states] or found
         what = "text column" if holding == "auto" else f"text column of {holding}"
         return self._only(found, what, column_id, "--text-column")
 

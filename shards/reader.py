@@ -14,7 +14,7 @@ from shards.arrays import Arrays, repair_remedy
 from shards.batch import LatentBatch
 from shards.buffers import BufferPool
 from shards.canonical import canonical_json
-from shards.checksum import row_checksums
+from shards.checksum import index_checksum
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
 from shards.errors import CorruptFileError, DatasetError, UserError
@@ -25,8 +25,8 @@ from shards.prefetch import prefetch
 from shards.quantize import latents_of, states_of
 from shards.storage import Location, is_remote
 
-_PREFETCH_DEPTH = 4
-_STEPS_AT_A_TIME = 32  # located together; a batch alone would cost more to locate than to copy
+PREFETCH_DEPTH = 4
+STEPS_AT_A_TIME = 32  # located together; a batch alone would cost more to locate than to copy
 _INDEX = np.dtype(np.int32)
 
 
@@ -124,14 +124,14 @@ class LatentReader:
 
     def iter_batches(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
         """Batches of `first_step` and all that follow, gathered ahead of need."""
-        return prefetch(self._gather_all(first_step, positions), _PREFETCH_DEPTH)
+        return prefetch(self._gather_all(first_step, positions), PREFETCH_DEPTH)
 
     def _gather_all(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
         if is_remote(self._image.dataset):
             self._ahead = self._start_fetching(first_step, positions)
         try:
-            for first in itertools.count(first_step, _STEPS_AT_A_TIME):
-                located = self.order.locate_steps(first, _STEPS_AT_A_TIME, positions)
+            for first in itertools.count(first_step, STEPS_AT_A_TIME):
+                located = self.order.locate_steps(first, STEPS_AT_A_TIME, positions)
                 for number, (shards, rows) in enumerate(zip(*located, strict=True)):
                     yield self._gather(first + number, shards, rows)
         finally:
@@ -231,7 +231,7 @@ class LatentReader:
 
 def _expect_checksum(index: np.ndarray, arrays: Arrays, where: Location) -> None:
     """A wrong index would give a sample another one's caption, and nothing else would tell."""
-    if not np.array_equal(row_checksums([index[None]]), arrays.get("index_checksum", ())):
+    if not np.array_equal(index_checksum(index), arrays.get("index_checksum", ())):
         raise CorruptFileError(
             where, "its index does not match its checksum", remedy=repair_remedy(where)
         )

@@ -30,8 +30,8 @@ Location: TypeAlias = Path | UPath
 
 TEMPORARY_SUFFIX = ".partial"
 
-# One request: s3fs and botocore would retry some failures and not others, in loops of their own.
-# Parts of a large file are still tried three times each, so that one reset costs no gigabytes.
+# botocore tries each request three times, so that one reset in a part of a large file does not cost
+# the whole file; above that ours is the only loop (`location` switches s3fs's own off).
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,  # other workers write as well
     "config_kwargs": {

@@ -16,7 +16,7 @@ import numpy as np
 
 from shards.arrays import Arrays, map_arrays
 from shards.canonical import canonical_json, sha256_of
-from shards.checksum import row_checksums
+from shards.checksum import index_checksum, row_checksums
 from shards.column import ColumnSpec, TextColumn, column_from_json
 from shards.dataset import Dataset, expect_dataset
 from shards.errors import CorruptFileError, DatasetError
@@ -224,8 +224,7 @@ def _column_problem(arrays: Arrays, receipt: Receipt) -> str:
     for name in spec.row_arrays:
         if not all(np.isfinite(row).all() for row in arrays[name]):
             return f"{name}: a number is not finite"
-    index = arrays["caption" if isinstance(spec, TextColumn) else "row"]
-    if not np.array_equal(row_checksums([index[None]]), arrays["index_checksum"]):
+    if not np.array_equal(index_checksum(arrays[spec.index_array]), arrays["index_checksum"]):
         return "its index does not match its checksum"
     wrong = np.flatnonzero(
         row_checksums([arrays[name] for name in spec.row_arrays]) != arrays["checksum"]
@@ -234,8 +233,7 @@ def _column_problem(arrays: Arrays, receipt: Receipt) -> str:
 
 
 def _shape_problem(arrays: Arrays, spec: ColumnSpec) -> str:
-    index = "caption" if isinstance(spec, TextColumn) else "row"
-    wanted = {*spec.row_arrays, "checksum", index, "index_checksum"}
+    wanted = {*spec.row_arrays, "checksum", spec.index_array, "index_checksum"}
     if missing := wanted - arrays.keys():
         return f"lacks {', '.join(sorted(missing))}"
     for name, (dtype, shape) in spec.row_arrays.items():
