@@ -8,9 +8,12 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/ready
 PEERS       := .venv-peers
 PEERS_READY := $(PEERS)/ready
+DOWNLOAD       := .venv-download
+DOWNLOAD_READY := $(DOWNLOAD)/ready
 # A machine with an NVIDIA GPU gets the GPU extra (xFormers) from the same commands.
 EXTRAS := dev$(shell nvidia-smi -L >/dev/null 2>&1 && echo ,gpu)
 
+LIST        ?=
 SHARDS      ?=
 OUT         ?= data/latents
 MODEL       ?=
@@ -38,6 +41,17 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## the whole path on scenes it draws itself: a grid of images in minutes (MINUTES=4)
 	@$(PY) -m examples.demo --minutes $(MINUTES) $(ARGS)
+
+download: $(READY) $(DOWNLOAD_READY)  ## images: LIST=urls.parquet [OUT=data/images], a folder or s3://... (ARGS="--image-size 512")
+	@$(PY) -m precompute.download --urls '$(LIST)' $(if $(filter-out file,$(origin OUT)),--out '$(OUT)') $(ARGS)
+
+download-env: $(DOWNLOAD_READY)  ## img2dataset, in an environment of its own, for make download
+
+$(DOWNLOAD_READY): precompute/download-requirements.txt
+	@echo "setting up $(DOWNLOAD) (1 GB, minutes); this happens once"
+	@$(PYTHON) -m venv $(DOWNLOAD)
+	@$(DOWNLOAD)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 precompute: $(READY)  ## stage 1: SHARDS="...{00000..00099}.tar" [OUT=data/latents MODEL=<folder|hub id> RESOLUTIONS=256,512]
 	@$(PY) -m precompute --shards '$(SHARDS)' --out '$(OUT)' \
@@ -75,8 +89,8 @@ report:  ## runs and results as one HTML page (not there yet)
 tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45 minutes on 2 cores)
 	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)
 
-clean:  ## remove .venv, .venv-peers, caches and the demo's data (never data/latents, never other runs)
-	rm -rf $(VENV) $(PEERS) data/demo data/bench data/loader-* runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean:  ## remove .venv, .venv-peers, .venv-download, caches and the demo's data (never data/latents, never other runs)
+	rm -rf $(VENV) $(PEERS) $(DOWNLOAD) data/demo data/bench data/loader-* runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo precompute train bench peers test check plan report tiny-model clean
+.PHONY: help setup demo download download-env precompute train bench peers test check plan report tiny-model clean

@@ -23,14 +23,15 @@ def flops_per_image(
     Returns:
         `unet` forward and backward; `vae` encode; `text` forward.
     """
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import transformers
 
     with torch.device("meta"):
-        net = UNet2DConditionModel.from_config(load_unet_config(unet))
-        vae = AutoencoderKL.from_config(model.vae_config)
-        encoder = CLIPTextModel(CLIPTextConfig(**model.text_config))
+        net = diffusers.UNet2DConditionModel.from_config(load_unet_config(unet))
+        vae = getattr(diffusers, model.vae_class).from_config(model.vae_config)
+        text_config = transformers.CLIPTextConfig(**model.text_config(text.part))
+        encoder = getattr(transformers, model.text_class(text.part))(text_config)
         latents = torch.randn(1, *image.latent_shape)
         states = torch.randn(1, text.num_tokens, text.dim)
         timesteps = torch.zeros(1, dtype=torch.long)

@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.flops import flops_per_image, predicted_ratio
 from benchmarks.result import environment, spread
-from precompute.job import PrecomputeConfig, precompute
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
 from precompute.model_folder import find_model
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset

@@ -18,7 +18,8 @@ from examples.grammar import parse_caption
 from examples.scene_reader import score
 from shards.canonical import canonical_json
 from shards.errors import UserError
-from shards.image_shards import ShardStream, find_shards
+from shards.find_shards import find_shards
+from shards.image_shards import ShardStream
 from shards.storage import write_text_whole
 
 

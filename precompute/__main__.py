@@ -5,16 +5,19 @@ from __future__ import annotations
 import tyro
 
 from precompute.account import fail_if_too_much_was_dropped
-from precompute.job import PrecomputeConfig, precompute
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
 from shards.errors import reported
+from shards.stop import StopOnSignal
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, judge."""
     config = tyro.cli(PrecomputeConfig, args=argv, prog="python -m precompute")
-    with reported("precompute"):
-        manifest = precompute(config)
-    fail_if_too_much_was_dropped(config.out, manifest, config.max_drop_frac)
+    with reported("precompute"), StopOnSignal() as stop:
+        manifest = precompute(config, stop)
+    if not stop.requested:
+        fail_if_too_much_was_dropped(config.out, manifest, config.max_drop_frac)
 
 
 if __name__ == "__main__":

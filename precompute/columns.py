@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Literal
 
 from precompute.model_folder import ModelFolder
-from precompute.pixels import transform_spec
+from precompute.transform import build_buckets, transform_spec
 from shards.column import ImageColumn, TextColumn
 from shards.errors import UserError
 
-LatentStorage = Literal["moments", "mean", "moments-int8", "mean-int8"]
-TextStorage = Literal["fp16", "int8", "ids"]
+LatentStorage = Literal["auto", "moments", "mean", "moments-int8", "mean-int8"]
+TextStorage = Literal["fp16", "int8", "ids", "none"]
 
 # What int8 text states take their static channel scales from: captions of many kinds and lengths.
 CALIBRATION_CAPTIONS = (
@@ -39,18 +40,32 @@ def image_columns(
     model: ModelFolder,
     resolutions: list[int],
     compute_dtype: str,
-    storage: LatentStorage = "moments",
+    storage: LatentStorage = "auto",
+    *,
+    bucket_step: int = 0,
+    flip: bool = False,
 ) -> list[ImageColumn]:
-    """One column of latents per resolution.
+    """One column of latents per resolution; with `flip`, one more of the mirrored images.
+
+    Args:
+        model: the model folder.
+        resolutions: in pixels.
+        compute_dtype: precision that the encoder runs in.
+        storage: what is stored.
+        bucket_step: sides of aspect-ratio buckets are multiples of it; 0 makes squares.
+        flip: whether there are flipped columns beside the others.
 
     Raises:
-        UserError: a resolution that the VAE cannot encode.
+        UserError: a resolution that the VAE cannot encode, or moments of one that has none.
     """
     factor = model.downsample_factor
+    latents, dtype = _latent_storage(model, storage)
     weights, config = model.weights_sha256("vae"), model.vae_config
-    latents, _, dtype = storage.partition("-")
+    if bucket_step % factor:
+        wanted = f"a multiple of {factor} (the VAE's factor), such as 64"
+        raise UserError("--bucket-step", f"{bucket_step}", wanted=wanted)
     columns = []
-    for resolution in resolutions:
+    for resolution, flipped in itertools.product(resolutions, [False, True][: 1 + flip]):
         if resolution < factor or resolution % factor:
             raise UserError(
                 "--resolutions", f"{resolution}", wanted=f"multiples of {factor} (the VAE's factor)"
@@ -67,17 +82,44 @@ def image_columns(
                 latent_channels=config["latent_channels"],
                 latent_size=resolution // factor,
                 scaling_factor=config["scaling_factor"],
-                transform=transform_spec(),
+                transform=transform_spec(flipped),
+                buckets=build_buckets(resolution, bucket_step) if bucket_step else [],
             )
         )
     return columns
 
 
-def text_column(
+def _latent_storage(model: ModelFolder, storage: LatentStorage) -> tuple[str, str]:
+    """What is stored, `moments` or `mean`, and `int8` or nothing."""
+    if storage == "auto":
+        return "moments" if model.has_posterior else "mean", ""
+    latents, _, dtype = storage.partition("-")
+    if latents == "moments" and not model.has_posterior:
+        raise UserError(
+            "--latents",
+            f"{storage} of an {model.vae_class}, which is deterministic",
+            wanted="mean or mean-int8: its latents, which have no log-variance",
+        )
+    return latents, dtype
+
+
+def text_columns(
     model: ModelFolder, compute_dtype: str, storage: TextStorage = "fp16"
+) -> list[TextColumn]:
+    """One column of token ids and states for each text encoder; none for `none`.
+
+    Raises:
+        UserError: a text encoder of a class that is not supported.
+    """
+    if storage == "none":
+        return []
+    return [_text_column(model, part, compute_dtype, storage) for part in model.text_parts]
+
+
+def _text_column(
+    model: ModelFolder, part: str, compute_dtype: str, storage: TextStorage
 ) -> TextColumn:
-    """The column of token ids and text encoder states."""
-    config = model.text_config
+    config = model.text_config(part)
     quantization = {}
     if storage == "int8":
         captions = hashlib.sha256("\n".join(CALIBRATION_CAPTIONS).encode()).hexdigest()
@@ -87,12 +129,15 @@ def text_column(
             "calibration_captions_sha256": captions,
         }
     return TextColumn(
-        weights_sha256=model.weights_sha256("text_encoder"),
+        weights_sha256=model.weights_sha256(part),
         encoder_config=config,
         compute_dtype=compute_dtype,
         storage_dtype={"fp16": "float16", "int8": "int8", "ids": "none"}[storage],
         quantization=quantization,
+        part=part,
+        hidden_state=model.hidden_state,
         num_tokens=config["max_position_embeddings"],
         dim=config["hidden_size"],
-        tokenizer_sha256=model.tokenizer_sha256(),
+        pooled_dim=model.pooled_dim(part),
+        tokenizer_sha256=model.tokenizer_sha256(part),
     )

@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from precompute.encoders import choose_device, load_vae, to_pixel_values
+from precompute.image_encoder import encode_pixels, load_autoencoder, to_pixel_values
+from precompute.loading import choose_device
 from precompute.model_folder import find_model
-from precompute.pixels import UnusableImageError, crop_to, decode
+from precompute.pixels import UnusableImageError
+from precompute.transform import cut_crop
 from shards.column import ImageColumn, Json
 from shards.dataset import LATENT_STD_RANGE, Column, Dataset
 from shards.errors import DatasetError, UnreadableShardError
-from shards.image_shards import ShardStream, SourceShard
+from shards.image_shards import ShardStream
 from shards.quantize import latents_of
 from shards.receipt import read_receipt, receipt_path
+from shards.source_shard import SourceShard
 
 # Of a stored mean against what the VAE makes of the image now: half precision and int8 stay below
 # 0.02; wrong pixels, a wrong scale or another image are far above.
@@ -60,24 +63,25 @@ def _decode_column(column: Column, num_samples: int, model: str) -> Json:
             remedy="--model <its folder or hub id>",
         )
     device = choose_device("auto")
-    vae = load_vae(folder, device, torch.float32)
-    means: list[np.ndarray] = []
+    vae = load_autoencoder(folder, device, torch.float32)
+    means: list[np.ndarray] = []  # of buckets they have several shapes
     psnrs: list[float] = []
     errors: list[float] = []
     for shard, rows in _choose(column, num_samples).items():
         arrays = column.map_shard(shard)
         shard_means = _means(column.spec, arrays, rows)
-        means.append(shard_means)
+        means.extend(shard_means)
         sources = _source_squares(column, shard, np.asarray(arrays["row"])[rows])
         for mean, square in zip(shard_means, sources, strict=True):
             if square is not None:
                 psnrs.append(_psnr_db(_decode(vae, mean, device), square))
-                fresh = _encode(vae, square, device)
+                fresh = _encode(vae, square, device)[: column.spec.latent_channels]
                 errors.append(float(np.linalg.norm(mean - fresh) / np.linalg.norm(fresh)))
-    scaled = np.concatenate(means).astype(np.float64) * column.spec.scaling_factor
+    values = np.concatenate([mean.ravel() for mean in means])
+    scaled = values.astype(np.float64) * column.spec.scaling_factor
     result: Json = {
         "column": column.column_id,
-        "samples": len(scaled),
+        "samples": len(means),
         "latent_mean": round(float(scaled.mean()), 4),
         "latent_std": round(float(scaled.std()), 4),
         "psnr_db": None,
@@ -104,26 +108,34 @@ def _choose(column: Column, num_samples: int) -> dict[str, np.ndarray]:
     return {shard: np.array(rows) for shard, rows in by_shard.items()}
 
 
-def _means(spec: ImageColumn, arrays: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """Unscaled means [n, C, h, w] float32 of some rows."""
-    values = np.asarray(arrays[spec.latents])[rows]
+def _means(spec: ImageColumn, arrays: dict[str, np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
+    """Unscaled means [C, h, w] float32 of some rows."""
+    return [_mean(spec, arrays, row) for row in rows.tolist()]
+
+
+def _mean(spec: ImageColumn, arrays: dict[str, np.ndarray], row: int) -> np.ndarray:
+    bucket = 0
+    while row >= (length := len(arrays[spec.array_names(bucket)[0]])):
+        row, bucket = row - length, bucket + 1
+    name, scale = spec.array_names(bucket)
+    one = slice(row, row + 1)
+    values = np.asarray(arrays[name][one])
     if spec.storage_dtype == "int8":
-        values = latents_of(values, np.asarray(arrays["scale"])[rows]).dequantize()
-    return values[:, : spec.latent_channels].astype(np.float32)
+        values = latents_of(values, np.asarray(arrays[scale][one])).dequantize()
+    mean: np.ndarray = values[0, : spec.latent_channels].astype(np.float32)
+    return mean
 
 
 def _source_squares(column: Column, shard: str, rows: np.ndarray) -> list[np.ndarray | None]:
-    """The pixels uint8 [3, H, W] of ledger rows, from the source shard; None where it is gone."""
+    """The pixels uint8 [H, W, 3] of ledger rows, from the source shard; None where it is gone."""
     source = read_receipt(receipt_path(column.path_of(shard))).source
     wanted = set(rows.tolist())
     found: dict[int, np.ndarray | None] = {}
     try:
-        for row, sample in enumerate(ShardStream(SourceShard(source["url"], shard, 0))):
+        for row, sample in enumerate(ShardStream(SourceShard(source["url"], shard, None))):
             if row in wanted and sample.image is not None:
                 try:
-                    image = decode(sample.image)
-                    fits = min(image.size) >= column.spec.resolution
-                    found[row] = crop_to(image, column.spec.resolution) if fits else None
+                    found[row] = cut_crop(sample.image, column.spec)
                 except UnusableImageError:
                     found[row] = None
             if row >= max(wanted):
@@ -135,16 +147,16 @@ def _source_squares(column: Column, shard: str, rows: np.ndarray) -> list[np.nda
 
 @torch.inference_mode()
 def _encode(vae: Any, square: np.ndarray, device: torch.device) -> np.ndarray:
-    """Unscaled mean [C, h, w] of pixels uint8 [3, H, W]."""
-    pixels = to_pixel_values(square[None], device)
-    mean: np.ndarray = vae.encode(pixels).latent_dist.mean[0].float().cpu().numpy()
-    return mean
+    """Unscaled moments [2C, h, w], or latents [C, h, w], of pixels uint8 [H, W, 3]."""
+    latents = encode_pixels(vae, to_pixel_values([square], device))[0]
+    numbers: np.ndarray = latents.float().cpu().numpy()
+    return numbers
 
 
 @torch.inference_mode()
 def _decode(vae: Any, mean: np.ndarray, device: torch.device) -> np.ndarray:
-    """Pixels float [3, H, W] in 0 to 255 of one unscaled mean [C, h, w]."""
-    pixels = vae.decode(torch.from_numpy(mean)[None].to(device)).sample[0]
+    """Pixels float [H, W, 3] in 0 to 255 of one unscaled mean [C, h, w]."""
+    pixels = vae.decode(torch.from_numpy(mean)[None].to(device)).sample[0].permute(1, 2, 0)
     numbers: np.ndarray = ((pixels.float().clamp(-1, 1) + 1) * 127.5).cpu().numpy()
     return numbers
 

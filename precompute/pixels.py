@@ -1,7 +1,7 @@
-"""From image bytes to the exact square that the VAE sees: one decode, every resolution.
+"""From an image file's bytes to its upright RGB pixels, whatever kind of picture it is.
 
-The transform is part of an image column's fingerprint: shortest side to the resolution (bicubic
-with antialiasing, PIL's), centre crop, [-1, 1]. Images are never upsampled.
+JPEGs are decoded by libjpeg-turbo straight into an array, on request at 1/2, 1/4 or 1/8 of their
+size; all else, and what is unusual among JPEGs (CMYK, damage), by PIL. Both give the same pixels.
 """
 
 from __future__ import annotations
@@ -12,24 +12,11 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from shards.column import Json
-
 MAX_PIXELS = 120_000_000  # below the limit at which PIL itself refuses
+MAX_ASPECT_RATIO = 20  # banners and rulers: a square of them shows a twentieth
 # What the web serves as pictures; PIL would also run programs (PostScript) on a stranger's bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "ICO", "AVIF")
-
-
-def transform_spec() -> Json:
-    """The transform as it enters the fingerprint."""
-    return {
-        "orientation": "exif",
-        "alpha": "white",
-        "resize": "shortest_side",
-        "interpolation": "bicubic",
-        "antialias": True,
-        "crop": "center",
-        "range": [-1, 1],
-    }
+_UPRIGHT_FORMATS = ("TIFF",)  # PIL turns them itself, and says their size as turned
 
 
 class UnusableImageError(Exception):
@@ -45,43 +32,95 @@ def quieten_decoder() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def peek_size(data: bytes) -> tuple[int, int]:
-    """Width and height of the upright image, from the file's header alone.
+class Picture:
+    """An image file whose header was read.
+
+    Args:
+        data: the file's bytes.
+
+    Attributes:
+        width, height: in pixels, of the upright image.
 
     Raises:
         UnusableImageError: not an image.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except MemoryError:
-        raise
-    except Exception:  # PIL's decoders raise nearly anything for damaged files
-        raise UnusableImageError("not_an_image") from None
-    return (image.height, image.width) if turned else (image.width, image.height)
 
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        try:
+            self._image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+        except MemoryError:
+            raise
+        except Image.DecompressionBombError:
+            raise UnusableImageError("too_many_pixels") from None
+        except UnidentifiedImageError:
+            raise UnusableImageError("not_an_image") from None
+        except Exception:  # PIL's decoders raise nearly anything for damaged files
+            raise UnusableImageError("broken_image") from None
+        self.width, self.height = self._image.size
+        if self._orientation in (5, 6, 7, 8) and self._image.format not in _UPRIGHT_FORMATS:
+            self.width, self.height = self.height, self.width
 
-def decode(data: bytes) -> Image.Image:
-    """Decode to upright RGB; transparent parts become white.
+    def expect_usable(self) -> None:
+        """Refuse what is not worth the memory.
 
-    Raises:
-        UnusableImageError: not an image, cut short, or of too many pixels.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
+        Raises:
+            UnusableImageError: of too many pixels, or of a shape that no square shows.
+        """
+        if self.width * self.height > MAX_PIXELS:
             raise UnusableImageError("too_many_pixels")
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
-    except (UnusableImageError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        raise UnusableImageError("not_an_image") from None
-    except Image.DecompressionBombError:
-        raise UnusableImageError("too_many_pixels") from None
-    except Exception:  # PIL's decoders raise nearly anything for damaged files
-        raise UnusableImageError("broken_image") from None
+        if max(self.width, self.height) > MAX_ASPECT_RATIO * min(self.width, self.height):
+            raise UnusableImageError("absurd_aspect_ratio")
+
+    def decode(self, divisor: int = 1) -> np.ndarray:
+        """Upright RGB, uint8 [H, W, 3]; transparent parts become white.
+
+        Args:
+            divisor: 2, 4 or 8 let a JPEG come out that much smaller (sides rounded up), which
+                costs less; other files come out whole.
+
+        Raises:
+            UnusableImageError: cut short or damaged.
+        """
+        pixels = self._decode_jpeg(divisor)
+        if pixels is None:
+            pixels = self._decode_any()
+        return np.ascontiguousarray(pixels)
+
+    def _decode_jpeg(self, divisor: int) -> np.ndarray | None:
+        """By libjpeg-turbo; None where PIL must judge."""
+        from simplejpeg import decode_jpeg
+
+        if self._image.format not in ("JPEG", "MPO") or self._image.mode not in ("RGB", "L"):
+            return None
+        width, height = self._image.size
+        least = {"min_width": -(-width // divisor), "min_height": -(-height // divisor)}
+        try:
+            stored = decode_jpeg(self._data, "RGB", min_factor=divisor, **least)
+        except ValueError:  # damaged, or odd in a way that does no harm
+            return None
+        return _upright(stored, self._orientation)
+
+    def _decode_any(self) -> np.ndarray:
+        try:
+            self._image.load()
+            pixels = np.array(_to_rgb(ImageOps.exif_transpose(self._image)))
+        except MemoryError:
+            raise
+        except Exception:  # PIL's decoders raise nearly anything for damaged files
+            raise UnusableImageError("broken_image") from None
+        if pixels.shape[:2] != (self.height, self.width):  # its header lied
+            raise UnusableImageError("broken_image")
+        return pixels
+
+
+def _upright(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo what EXIF's orientation says was done to pixels [H, W, 3]."""
+    turned = stored.transpose(1, 0, 2) if orientation in (5, 6, 7, 8) else stored
+    vertically = -1 if orientation in (3, 4, 7, 8) else 1
+    horizontally = -1 if orientation in (2, 3, 6, 7) else 1
+    return turned[::vertically, ::horizontally]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -95,23 +134,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-def crop_to(image: Image.Image, resolution: int) -> np.ndarray:
-    """Resize the shortest side to `resolution` and cut the centre square.
-
-    Args:
-        image: RGB, at least `resolution` on its shortest side.
-
-    Returns:
-        uint8 [3, resolution, resolution].
-    """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    assert scale <= 1, "images are never upsampled"
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    square = image.crop((left, top, left + resolution, top + resolution))
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

@@ -7,7 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.image_shards import SourceShard
+from shards.source_shard import SourceShard
+
+_LINE_SEC = 10.0
 
 
 class Progress:
@@ -17,35 +19,45 @@ class Progress:
     """
 
     def __init__(self, sources: list[SourceShard]) -> None:
-        self._bytes_total = sum(source.num_bytes for source in sources)
-        self._bytes_done = 0
+        sizes = [source.num_bytes for source in sources]
+        # Where a length is unknown (a pipe), every shard counts the same.
+        self._by_bytes = None not in sizes
+        self._total = sum(self._weight(source) for source in sources)
+        self._done = 0
         self._num_shards, self._shards_done = len(sources), 0
         self._start = self._last_line = time.monotonic()
         self.num_samples = 0
         self._bar: Any = tqdm(unit="img", disable=None, dynamic_ncols=True)
 
-    def count_sample(self) -> None:
-        """One more source sample was read."""
-        self.num_samples += 1
-        self._bar.update()
+    def _weight(self, source: SourceShard) -> int:
+        return (source.num_bytes or 0) if self._by_bytes else 1
+
+    def count(self, num_samples: int) -> None:
+        """So many more source samples were read."""
+        self.num_samples += num_samples
+        self._bar.update(num_samples)
 
     def finish_shard(self, source: SourceShard) -> None:
         """A shard is committed."""
-        self._bytes_done += source.num_bytes
+        self._done += self._weight(source)
         self._shards_done += 1
-        share = self._bytes_done / max(self._bytes_total, 1)
+        share = self._done / max(self._total, 1)
         self._bar.total = round(self.num_samples / max(share, 1e-9))
         self._bar.set_postfix_str(f"shard {self._shards_done}/{self._num_shards}")
         now = time.monotonic()
-        if self._bar.disable and now - self._last_line > 10:
+        if self._bar.disable and now - self._last_line > _LINE_SEC:
             self._last_line = now
             elapsed = now - self._start
             print(
                 f"shard {self._shards_done}/{self._num_shards} | {self.num_samples:,} img | "
                 f"{self.num_samples / elapsed:.1f} img/s | "
-                f"ETA {elapsed / share - elapsed:.0f} s",
+                f"ETA {elapsed / max(share, 1e-9) - elapsed:.0f} s",
                 flush=True,
             )
+
+    def say(self, text: str) -> None:
+        """A line that the bar does not swallow."""
+        tqdm.write(text)
 
     def close(self) -> None:
         """Leave the bar as it ended."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from precompute.columns import CALIBRATION_CAPTIONS
-from precompute.encoders import TextEncoder
 from precompute.measures import RelativeError
+from precompute.text_encoder import TextEncoder, TextStates
 from precompute.time_account import TimeAccount
 from shards.arrays import Arrays
 from shards.checksum import with_checksums
@@ -64,26 +64,33 @@ def _store_texts(
     error, states = RelativeError(), arrays["states"]
     values, scale = quantize_states(states, static)
     error.add(states, states_of(values, scale, static).dequantize())
-    return {"input_ids": arrays["input_ids"], "states": values, "scale": scale}, error.stats()
+    return {**arrays, "states": values, "scale": scale}, error.stats()
 
 
 def encode_texts(captions: list[str], encoder: TextEncoder) -> Arrays:
-    """`input_ids` [U, T] uint16 and `states` [U, T, D] float16."""
+    """`input_ids` [U, T] uint16, `states` [U, T, D] and perhaps `pooled` [U, P] float16."""
     # An empty list still has to yield arrays of the right shape: encode one caption, keep none.
     input_ids = encoder.tokenize(captions or [""])
-    parts = [
-        encoder.encode(input_ids[start : start + TEXT_BATCH_SIZE]).half().cpu().numpy()
+    batches = [
+        _half_arrays(encoder.encode(input_ids[start : start + TEXT_BATCH_SIZE]))
         for start in range(0, len(input_ids), TEXT_BATCH_SIZE)
     ]
-    states = np.concatenate(parts)
-    if not np.isfinite(states).all():
-        worst = captions[int(np.flatnonzero(~np.isfinite(states).all(axis=(1, 2)))[0])]
-        raise DatasetError(
-            "text encoder",
-            f"states of {worst!r} are not finite in float16",
-            remedy="--dtype float32, or check the text encoder's weights",
-        )
-    return {"input_ids": input_ids[: len(captions)], "states": states[: len(captions)]}
+    arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    for name, array in arrays.items():
+        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        if not finite.all():
+            raise DatasetError(
+                "text encoder",
+                f"{name} of {captions[int(np.argmin(finite))]!r} are not finite in float16",
+                remedy="--dtype float32, or check the text encoder's weights",
+            )
+    arrays["input_ids"] = input_ids
+    return {name: array[: len(captions)] for name, array in arrays.items()}
+
+
+def _half_arrays(encoded: TextStates) -> Arrays:
+    named = encoded._asdict().items()
+    return {name: tensor.half().cpu().numpy() for name, tensor in named if tensor is not None}
 
 
 def encode_null(column: TextColumn, encoder: TextEncoder) -> Arrays:

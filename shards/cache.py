@@ -16,7 +16,7 @@ from pathlib import Path
 from shards.arrays import repair_remedy
 from shards.canonical import sha256_of
 from shards.errors import CorruptFileError, UserError
-from shards.lock import held_file, held_folder, is_held
+from shards.lock import held_file, held_folder, remove_abandoned
 from shards.retry import REMOTE
 from shards.storage import TEMPORARY_SUFFIX, UPath, download
 
@@ -115,9 +115,7 @@ class ShardCache:
                 if path.suffix not in (TEMPORARY_SUFFIX, _LOCK_SUFFIX):
                     whole.append((status.st_mtime_ns, status.st_size, path))
                     excess += status.st_size
-                elif not is_held(path):
-                    path.unlink()  # of a process that was killed
-                elif path.suffix == TEMPORARY_SUFFIX:
+                elif not remove_abandoned(path) and path.suffix == TEMPORARY_SUFFIX:
                     excess += int(path.name.split(".")[-2])
             except FileNotFoundError:
                 continue  # its fetch has just ended

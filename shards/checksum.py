@@ -10,7 +10,7 @@ faster than the copy that a batch is made by; a CRC would take longer than the c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,14 +26,20 @@ def with_checksums(
 
     Args:
         spec: of the column.
-        arrays: among them its `row_arrays`, [N, ...].
+        arrays: among them its `row_arrays`, [N, ...]; of buckets, N is the sum of theirs.
         index: `row` or `caption`, int32: what connects the rows with the ledger's.
 
     Returns:
         the arrays, `checksum` uint64 [N] of their rows and `index_checksum` uint64 [1].
     """
-    checksum = row_checksums([arrays[name] for name in spec.row_arrays])
+    checksum = column_checksums(spec, arrays)
     return {**arrays, "checksum": checksum, "index_checksum": index_checksum(index)}
+
+
+def column_checksums(spec: ColumnSpec, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Checksums uint64 [N] of all rows of a shard, group after group."""
+    groups = [row_checksums([arrays[name] for name in group]) for group in spec.row_groups]
+    return np.concatenate(groups)
 
 
 def index_checksum(index: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from shards.canonical import canonical_json
 from shards.errors import DatasetError
@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 
 Json = dict[str, Any]
 RowArrays = dict[str, tuple[str, tuple[int, ...]]]
+HiddenState = Literal["last", "penultimate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,11 @@ class ColumnSpec(ABC):
     def row_arrays(self) -> RowArrays:
         """The arrays that hold a row's numbers: dtype and shape of one row, by name."""
 
+    @property
+    def row_groups(self) -> list[RowArrays]:
+        """The same, for each shape of row: the rows of the first group come first, and so on."""
+        return [self.row_arrays]
+
     def to_json(self) -> Json:
         """The spec as it stands in receipts and in dataset.json."""
         return {"kind": self.kind, "format_version": FORMAT_VERSION, **asdict(self)}
@@ -74,11 +80,12 @@ class ImageColumn(ColumnSpec):
     Args:
         latents: `moments` (mean and log-variance) or `mean`, which halves the bytes and gives up
             the posterior's noise.
-        resolution: side of the encoded square, in pixels.
+        resolution: side of the encoded square, in pixels; of buckets, of the square of their area.
         latent_channels: C; moments have 2C channels.
-        latent_size: side of the latents, h = w.
+        latent_size: side of the square's latents, h = w.
         scaling_factor: brings sampled latents to unit scale; **not** applied to the moments.
-        transform: how pixels came about (resize, interpolation, crop, range).
+        transform: how pixels came about (resize, interpolation, crop, range, flip).
+        buckets: [height, width] in pixels of the crops of an aspect-bucketed column.
     """
 
     kind: ClassVar[str] = "image"
@@ -90,6 +97,7 @@ class ImageColumn(ColumnSpec):
     latent_size: int
     scaling_factor: float
     transform: Json
+    buckets: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,9 +106,26 @@ class ImageColumn(ColumnSpec):
 
     @property
     def name(self) -> str:
-        """`moments-256`, `mean-512-int8`."""
-        suffix = "-int8" if self.storage_dtype == "int8" else ""
-        return f"{self.latents}-{self.resolution}{suffix}"
+        """`moments-256`, `mean-512-int8`, `moments-512-buckets`, `moments-256-flip`."""
+        kinds = {"buckets": self.buckets, "flip": self.is_flipped}
+        kinds["int8"] = self.storage_dtype == "int8"
+        suffixes = [f"-{kind}" for kind, is_it in kinds.items() if is_it]
+        return "".join([self.latents, f"-{self.resolution}", *suffixes])
+
+    @property
+    def is_flipped(self) -> bool:
+        """Whether the images were mirrored: rows to take the place of the unflipped column's."""
+        return self.transform.get("flip") == "horizontal"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds one square of each image, as it is."""
+        return not self.buckets and not self.is_flipped
+
+    @property
+    def crop_sizes(self) -> list[list[int]]:
+        """[height, width] in pixels of its crops: the buckets, or the one square."""
+        return self.buckets or [[self.resolution, self.resolution]]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -109,37 +134,73 @@ class ImageColumn(ColumnSpec):
 
     @property
     def row_arrays(self) -> RowArrays:
-        """`moments` or `mean` [C', h, w]; int8: also `scale` [C']. C' is 2C for moments."""
+        """`moments` or `mean` [C', h, w]; int8: also `scale` [C']. C' is 2C for moments.
+
+        Of buckets, each array for each of them: `moments.64x48`, after h and w.
+        """
+        return {name: array for group in self.row_groups for name, array in group.items()}
+
+    @property
+    def row_groups(self) -> list[RowArrays]:
+        """One group of arrays for the square, or for each bucket."""
+        return [self._arrays_of(height, width) for height, width in self.crop_sizes]
+
+    def array_names(self, bucket: int) -> tuple[str, str]:
+        """The arrays of latents and of their int8 scales, of one bucket."""
+        suffix = ""
+        if self.buckets:
+            height, width = (side // self.downsample_factor for side in self.buckets[bucket])
+            suffix = f".{height}x{width}"
+        return f"{self.latents}{suffix}", f"scale{suffix}"
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent cell, along a side."""
+        return self.resolution // self.latent_size
+
+    def _arrays_of(self, height: int, width: int) -> RowArrays:
         channels = self.latent_channels * (2 if self.latents == "moments" else 1)
+        factor = self.downsample_factor
+        bucket = self.crop_sizes.index([height, width])
+        latents, scale = self.array_names(bucket)
         arrays: RowArrays = {
-            self.latents: (self.storage_dtype, (channels, self.latent_size, self.latent_size))
+            latents: (self.storage_dtype, (channels, height // factor, width // factor))
         }
         if self.storage_dtype == "int8":
-            arrays["scale"] = ("float32", (channels,))
+            arrays[scale] = ("float32", (channels,))
         return arrays
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextColumn(ColumnSpec):
-    """Token ids and, unless the storage is `none`, text encoder states of every caption.
+    """What a text encoder makes of every caption: token ids and, unless stored as `none`, states.
 
     Args:
+        part: folder of the encoder in the model: `text_encoder`, `text_encoder_2`.
+        hidden_state: `last`, after the final layer norm, or `penultimate`, the output of the last
+            layer but one, without it.
         num_tokens: T, the padded length (77 for CLIP).
         dim: D, the width of one state.
+        pooled_dim: P, the width of a caption's pooled, projected state; 0: there is none.
         tokenizer_sha256: over the tokenizer's files.
     """
 
     kind: ClassVar[str] = "text"
     storage_dtypes: ClassVar[tuple[str, ...]] = ("float16", "int8", "none")
     index_array: ClassVar[str] = "caption"
+    part: str = "text_encoder"
+    hidden_state: HiddenState = "last"
     num_tokens: int
     dim: int
+    pooled_dim: int = 0
     tokenizer_sha256: str
 
     @property
     def name(self) -> str:
-        """`text`, `text-int8`, `text-ids`."""
-        return {"float16": "text", "int8": "text-int8", "none": "text-ids"}[self.storage_dtype]
+        """`text`, `text-int8`, `text-ids`; of `text_encoder_2`: `text2` and so on."""
+        number = self.part.removeprefix("text_encoder").removeprefix("_")
+        suffix = {"float16": "", "int8": "-int8", "none": "-ids"}[self.storage_dtype]
+        return f"text{number}{suffix}"
 
     @property
     def has_states(self) -> bool:
@@ -148,12 +209,17 @@ class TextColumn(ColumnSpec):
 
     @property
     def row_arrays(self) -> RowArrays:
-        """`states` [T, D]; int8: also `scale` [T]. Token ids alone: `input_ids` [T]."""
+        """`states` [T, D]; int8: also `scale` [T]; where there is one, `pooled` [P].
+
+        Token ids alone: `input_ids` [T].
+        """
         if not self.has_states:
             return {"input_ids": ("uint16", (self.num_tokens,))}
         arrays: RowArrays = {"states": (self.storage_dtype, (self.num_tokens, self.dim))}
         if self.storage_dtype == "int8":
             arrays["scale"] = ("float32", (self.num_tokens,))
+        if self.pooled_dim:
+            arrays["pooled"] = ("float16", (self.pooled_dim,))
         return arrays
 
 

@@ -122,6 +122,7 @@ class Dataset:
         cache = cache or ShardCache()
         manifest = self._read_manifest()
         try:
+            self.caption_field: str = manifest["caption_field"]
             self.ledger: dict[str, Json] = manifest["ledger"]
             self.columns: dict[str, Column[ColumnSpec]] = {
                 column_id: Column(
@@ -169,8 +170,10 @@ class Dataset:
         return manifest
 
     def image_column(self, resolution: int, column_id: str = "") -> Column[ImageColumn]:
-        """The image column of one resolution; by id where there are several."""
+        """The image column of one resolution: plain squares, unless another is named by its id."""
         found = [c for c in self._of_kind(ImageColumn) if c.spec.resolution == resolution]
+        if not column_id:
+            found = [c for c in found if c.spec.is_plain]
         return self._only(found, f"image column at {resolution} px", column_id, "--image-column")
 
     def text_column(self, column_id: str = "", holding: str = "auto") -> Column[TextColumn]:
@@ -189,8 +192,9 @@ class Dataset:
         return self._only(found, what, column_id, "--text-column")
 
     def resolutions(self) -> list[int]:
-        """Resolutions that there are image columns for, ascending."""
-        return sorted({c.spec.resolution for c in self._of_kind(ImageColumn)})
+        """Resolutions that there are image columns of plain squares for, ascending."""
+        columns = self._of_kind(ImageColumn)
+        return sorted({c.spec.resolution for c in columns if c.spec.is_plain})
 
     def _of_kind(self, kind: type[Spec]) -> list[Column[Spec]]:
         return [c for c in self.columns.values() if isinstance(c.spec, kind)]  # type: ignore[misc]
@@ -218,8 +222,8 @@ class Dataset:
         """What a text column stores of the empty caption.
 
         Returns:
-            `input_ids` [T]; with states also `states` [T, D] float16; with int8 states also
-            `channel_scale` [D] float32.
+            `input_ids` [T]; with states also `states` [T, D] float16, and `pooled` [P] float16
+            where the encoder has one; with int8 states also `channel_scale` [D] float32.
 
         Raises:
             CorruptFileError: it is missing, or not that.
@@ -229,6 +233,8 @@ class Dataset:
         wanted: dict[str, tuple[int, ...]] = {"input_ids": (spec.num_tokens,)}
         if spec.has_states:
             wanted["states"] = (spec.num_tokens, spec.dim)
+            if spec.pooled_dim:
+                wanted["pooled"] = (spec.pooled_dim,)
         if spec.storage_dtype == "int8":
             wanted["channel_scale"] = (spec.dim,)
         found = {name: array.shape for name, array in null.items()}
@@ -243,6 +249,20 @@ class Dataset:
             DatasetError: shards missing from a column, sums that do not hold, no rows, or latents
                 whose deviation says that the pixels were normalised wrongly.
         """
+        if image.spec.buckets:
+            raise DatasetError(
+                self.path / image.column_id,
+                f"holds {len(image.spec.buckets)} shapes of latents",
+                wanted="one: the batches of this release have one shape",
+                remedy="--image-column <one without -buckets>",
+            )
+        if text.spec.pooled_dim:
+            raise DatasetError(
+                self.path / text.column_id,
+                "holds pooled states beside the others, as SDXL takes them",
+                wanted="the states of one text encoder",
+                remedy="--text-column <one without pooled states>",
+            )
         rerun = "run the same precompute again; it finishes what is missing"
         for column in (image, text):
             missing = sorted(self.ledger.keys() - column.shards.keys())

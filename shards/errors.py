@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -24,6 +25,16 @@ class UserError(Exception):
         if remedy:
             text += f". Remedy: {remedy}"
         super().__init__(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors of worker processes travel to the one that reports them."""
+        return _rebuild, (type(self), str(self))
+
+
+def _rebuild(kind: type[UserError], text: str) -> UserError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, text)
+    return error
 
 
 class DatasetError(UserError):

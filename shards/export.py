@@ -19,7 +19,7 @@ import numpy as np
 
 from shards.arrays import Arrays, repair_remedy
 from shards.canonical import canonical_json
-from shards.checksum import row_checksums
+from shards.checksum import column_checksums
 from shards.column import ImageColumn, Json, TextColumn
 from shards.dataset import Column, Dataset
 from shards.errors import CorruptFileError, UserError
@@ -127,7 +127,7 @@ def _iter_samples(
 
 def _refuse_damage(column: Column, arrays: Arrays, shard: str) -> None:
     """What leaves us carries no checksum any more."""
-    sums = row_checksums([arrays[name] for name in column.spec.row_arrays])
+    sums = column_checksums(column.spec, arrays)
     wrong = np.flatnonzero(sums != arrays["checksum"])
     if len(wrong):
         where = column.path_of(shard)

@@ -8,7 +8,7 @@ from pathlib import Path
 from shards.dataset import expect_dataset
 from shards.errors import UserError
 from shards.layout import LEDGER
-from shards.lock import is_held
+from shards.lock import is_held, remove_abandoned
 from shards.manifest import write_manifest
 from shards.receipt import DATA_SUFFIXES
 from shards.storage import (
@@ -66,7 +66,11 @@ def remove_leftovers(dataset: Location) -> None:
     for folder in filter(_is_ours, list_folders(dataset)):
         for name in list_files(dataset / folder):
             path = dataset / folder / name
-            if name.endswith(TEMPORARY_SUFFIX) and _is_abandoned(path, {}):
+            if not name.endswith(TEMPORARY_SUFFIX):
+                continue
+            if isinstance(path, Path):
+                remove_abandoned(path)
+            else:
                 remove(path)
 
 

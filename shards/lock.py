@@ -13,7 +13,7 @@ from shards.errors import UserError
 
 
 @contextmanager
-def sole_writer(folder: Path, wait_sec: float = 0.0) -> Iterator[None]:
+def sole_writer(folder: Path, wait_sec: float = 0.0, *, shared: bool = False) -> Iterator[None]:
     """Hold a folder against a second writing process on this machine.
 
     The lock lives on the folder itself, so it leaves no file behind and dies with its process.
@@ -21,6 +21,7 @@ def sole_writer(folder: Path, wait_sec: float = 0.0) -> Iterator[None]:
     Args:
         folder: is made when missing.
         wait_sec: how long to wait for a process that is about to end.
+        shared: hold it against those alone that do not share.
 
     Raises:
         UserError: another process holds it, or it cannot be made.
@@ -32,7 +33,7 @@ def sole_writer(folder: Path, wait_sec: float = 0.0) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         deadline = time.monotonic() + wait_sec
-        while not _try_lock(descriptor):
+        while not _try_lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 remedy = "wait for it to end, or name another folder"
                 raise UserError(folder, "another process is writing here", remedy=remedy)
@@ -80,6 +81,25 @@ def is_held(path: Path) -> bool:
         os.close(descriptor)
 
 
+def remove_abandoned(path: Path) -> bool:
+    """Delete a file unless a living process holds it; whether it is gone.
+
+    It is deleted while it is held: between a look and a deletion another process might take it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        if not _try_lock(descriptor):
+            return False
+        if _is_at(descriptor, path):
+            path.unlink()
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -87,9 +107,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

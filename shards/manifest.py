@@ -14,7 +14,6 @@ from shards.layout import LEDGER, MANIFEST
 from shards.receipt import NULL, Receipt, iter_receipt_files, parse_receipt
 from shards.storage import (
     Location,
-    is_remote,
     list_files,
     list_folders,
     read_bytes,
@@ -48,20 +47,29 @@ def iter_receipts(folder: Location) -> Iterator[Receipt]:
 
 
 def build_manifest(dataset: Location) -> Json:
-    """Derive dataset.json from the receipts alone; anyone can, at any time."""
-    ledger, filters = {}, set()
+    """Derive dataset.json from the receipts alone; anyone can, at any time.
+
+    A shard counts, in every column, once the ledger has it: its ledger is written last. So at any
+    moment of a job the manifest names whole shards alone.
+    """
+    ledger: Json = {}
+    filters, caption_fields = set(), set()
     dropped: Counter[str] = Counter()
     for receipt in iter_receipts(dataset / LEDGER):
         ledger[receipt.shard] = _shard_entry(receipt)
         filters.add(receipt.stats.get("filter", ""))
+        caption_fields.add(receipt.stats.get("caption_field", ""))
         dropped.update(receipt.absent)
     columns = {}
     for name in list_folders(dataset):
-        if name != LEDGER and (receipts := list(iter_receipts(dataset / name))):
+        if name == LEDGER:
+            continue
+        if receipts := [r for r in iter_receipts(dataset / name) if r.shard in ledger]:
             columns[name] = _column_entry(receipts)
     return {
         "format_version": FORMAT_VERSION,
         "filter": " | ".join(sorted(filters)),
+        "caption_field": " | ".join(sorted(caption_fields)),
         "dropped": dict(sorted(dropped.items())),
         "ledger": ledger,
         "columns": columns,
@@ -95,6 +103,8 @@ def _pooled_stats(receipts: list[Receipt]) -> Json:
     pooled: Json = {}
     if captions := [r.stats["captions"] for r in receipts if "captions" in r.stats]:
         pooled["captions"] = sum(captions)
+    if buckets := [r.stats["buckets"] for r in receipts if "buckets" in r.stats]:
+        pooled["buckets"] = {name: sum(b[name] for b in buckets) for name in buckets[0]}
     latents = [(r.rows, r.stats) for r in receipts if r.rows and "latent_std" in r.stats]
     if latents:
         mean = _mean([(rows, stats["latent_mean"]) for rows, stats in latents])
@@ -125,19 +135,23 @@ def write_manifest(dataset: Location) -> Json:
         text, path = canonical_json(manifest), dataset / MANIFEST
         if size_of(path) is None or read_bytes(path) != text.encode():
             write_text_whole(path, text)
-        # Where nothing can be locked another job may have finished a shard, and written the
-        # file, in between: whoever comes last must have seen all receipts.
-        if not is_remote(dataset) or _names_all_receipts(dataset, manifest):
+        # Another job may have finished a shard, and written the file, in between: whoever comes
+        # last must have seen all receipts.
+        if _names_all_receipts(dataset, manifest):
             return manifest
 
 
 def _names_all_receipts(dataset: Location, manifest: Json) -> bool:
-    named = {LEDGER: manifest["ledger"].keys()}
-    named |= {name: entry["shards"].keys() for name, entry in manifest["columns"].items()}
+    ledger = manifest["ledger"].keys()
+    if _receipt_names(dataset / LEDGER) != ledger:
+        return False
     for folder in list_folders(dataset):
-        there = {
-            n.removesuffix(".json") for n in list_files(dataset / folder) if n.endswith(".json")
-        }
-        if there - {NULL} != set(named.get(folder, ())):
+        entry = manifest["columns"].get(folder, {"shards": {}})
+        if folder != LEDGER and _receipt_names(dataset / folder) & ledger != entry["shards"].keys():
             return False
     return True
+
+
+def _receipt_names(folder: Location) -> set[str]:
+    names = {n.removesuffix(".json") for n in list_files(folder) if n.endswith(".json")}
+    return names - {NULL}

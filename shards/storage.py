@@ -62,6 +62,8 @@ def location(url: str | Location) -> Location:
         chosen = fsspec.config.conf.get("s3", {})
         options = {name: value for name, value in _S3_OPTIONS.items() if name not in chosen}
     try:
+        if protocol in ("http", "https"):
+            options = _web_options()
         place = UPath(url, **options)
         filesystem = place.fs
     except (ImportError, ValueError) as error:
@@ -71,6 +73,17 @@ def location(url: str | Location) -> Location:
     if hasattr(filesystem, "retries"):
         filesystem.retries = 1
     return place
+
+
+def _web_options() -> dict[str, Any]:
+    """For files as they are, which may take hours as long as they come; aiohttp ends at 5 min."""
+    from aiohttp import ClientTimeout
+
+    timeout = ClientTimeout(total=None, sock_connect=10, sock_read=30)
+    return {
+        "client_kwargs": {"timeout": timeout, "auto_decompress": False},
+        "headers": {"Accept-Encoding": "identity"},
+    }
 
 
 def is_remote(where: Location) -> bool:
@@ -235,7 +248,7 @@ def _scratch_file(where: UPath, purpose: str) -> Iterator[Path]:
     folder = Path(tempfile.gettempdir()) / f"latentmill-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     place = hashlib.sha256(f"{purpose} {where}".encode()).hexdigest()[:32]
-    path = folder / f"{place}-{where.name}{TEMPORARY_SUFFIX}"
+    path = folder / f"{place}-{where.name[-50:]}{TEMPORARY_SUFFIX}"  # signed URLs are long
     with held_file(path):
         try:
             yield path
@@ -293,13 +306,17 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def writing_job(dataset: Location) -> Iterator[None]:
-    """One job at a time on a local dataset.
+def writing_job(dataset: Location, *, shared: bool = False) -> Iterator[None]:
+    """One job at a time on a local dataset, or several that share it.
 
     On an object store nothing can be locked: there two jobs may do the same work, but no shard is
     committed twice (`shards.receipt.commit`).
+
+    Args:
+        dataset: a folder or a URL.
+        shared: let other jobs that say so write at the same time, each to shards of its own.
     """
-    with sole_writer(dataset) if isinstance(dataset, Path) else nullcontext():
+    with sole_writer(dataset, shared=shared) if isinstance(dataset, Path) else nullcontext():
         yield
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from shards.arrays import Arrays, map_arrays
 from shards.canonical import canonical_json, sha256_of
-from shards.checksum import index_checksum, row_checksums
+from shards.checksum import column_checksums, index_checksum
 from shards.column import ColumnSpec, TextColumn, column_from_json
 from shards.dataset import Dataset, expect_dataset
 from shards.errors import CorruptFileError, DatasetError
@@ -190,7 +190,7 @@ def _damaged_rows(path: Location, receipt: Receipt) -> str:
     spec = column_from_json(receipt.column, path)
     try:
         arrays = map_arrays(path)  # type: ignore[arg-type]
-        wrong = row_checksums([arrays[n] for n in spec.row_arrays]) != arrays["checksum"]
+        wrong = column_checksums(spec, arrays) != arrays["checksum"]
     except (DatasetError, KeyError, ValueError):
         return ", its structure is damaged"
     rows = np.flatnonzero(wrong).tolist()
@@ -226,9 +226,7 @@ def _column_problem(arrays: Arrays, receipt: Receipt) -> str:
             return f"{name}: a number is not finite"
     if not np.array_equal(index_checksum(arrays[spec.index_array]), arrays["index_checksum"]):
         return "its index does not match its checksum"
-    wrong = np.flatnonzero(
-        row_checksums([arrays[name] for name in spec.row_arrays]) != arrays["checksum"]
-    )
+    wrong = np.flatnonzero(column_checksums(spec, arrays) != arrays["checksum"])
     return f"row {wrong[0]} does not match its checksum" if len(wrong) else ""
 
 
@@ -236,10 +234,17 @@ def _shape_problem(arrays: Arrays, spec: ColumnSpec) -> str:
     wanted = {*spec.row_arrays, "checksum", spec.index_array, "index_checksum"}
     if missing := wanted - arrays.keys():
         return f"lacks {', '.join(sorted(missing))}"
-    for name, (dtype, shape) in spec.row_arrays.items():
-        found = arrays[name]
-        if found.dtype != np.dtype(dtype) or found.shape != (len(arrays["checksum"]), *shape):
-            return f"{name} is {found.dtype} {found.shape}; its column says {dtype} {shape} a row"
+    num_rows = 0
+    for group in spec.row_groups:
+        length = next((len(arrays[name]) for name in group if arrays[name].ndim), 0)
+        num_rows += length
+        for name, (dtype, shape) in group.items():
+            found = arrays[name]
+            if found.dtype != np.dtype(dtype) or found.shape != (length, *shape):
+                shown = f"{found.dtype} {found.shape}"
+                return f"{name} is {shown}; its column says {dtype} {shape} a row"
+    if num_rows != len(arrays["checksum"]):
+        return f"{num_rows} rows with {len(arrays['checksum'])} checksums"
     return ""
 
 

@@ -324,7 +324,8 @@ def latent_dataset(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, image_shards: Path
 ) -> Path:
     """`image_shards` precomputed with `model_folder` at 32 and 64 pixels; fits the tiny preset."""
-    from precompute.job import PrecomputeConfig, precompute
+    from precompute.config import PrecomputeConfig
+    from precompute.job import precompute
 
     out = tmp_path_factory.mktemp("latents") / "latents"
     precompute(

@@ -18,8 +18,9 @@ from precompute.online import OnlineBatches
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Dataset
 from shards.errors import UserError
+from shards.find_shards import find_shards
 from shards.image_index import ShardIndex
-from shards.image_shards import ShardStream, find_shards
+from shards.image_shards import ShardStream
 from shards.reader import LatentReader
 
 SD2_VAE = {

@@ -1,5 +1,7 @@
 """`python -m precompute`: exit status, account, and one line instead of a traceback."""
 
+import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from conftest import image_bytes, run_python, sample_members, smooth_image, write_tar
 
 from precompute.__main__ import main
+from shards.receipt import read_receipt
 
 Run = Callable[..., int]
 
@@ -59,12 +62,19 @@ def test_a_good_command_ends_with_an_account_of_every_row(run, capsys):
     assert rows[0][3] != "-"
 
 
-def test_the_time_account_names_its_stages_and_adds_up_to_the_whole(run, capsys):
+def test_the_time_account_names_every_stage_and_the_bottleneck(run, tmp_path, capsys):
     run()
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("encoded 10 ")]
-    shares = [int(part.split("%")[0].split()[-1]) for part in line.split("(")[1].split(",")]
-    assert abs(sum(shares) - 100) <= len(shares)
-    assert "read_and_decode" in line
+    out = capsys.readouterr().out
+    line, below = next(
+        pair for pair in itertools.pairwise(out.splitlines()) if pair[0].startswith("encoded 10 ")
+    )
+    for stage in ("read", "decode", "transform", "encode moments-32", "encode text", "write"):
+        assert re.search(rf"[ ,]{stage} \d+\.\d s", line), stage
+    busy = {name: int(share) for name, share in re.findall(r"(\w+) (\d+)%", below)}
+    assert busy.keys() == {"read", "decode", "encode", "write"}
+    assert f"the bottleneck is {max(busy, key=lambda name: busy[name])}" in below
+    receipt = read_receipt(next((tmp_path / "out").glob("moments-32-*/00000.json")))
+    assert receipt.timings.keys() == {"read", "decode", "transform", "encode", "write"}
 
 
 @pytest.mark.parametrize(("limit", "status"), [(0.0, 1), (0.29, 1), (0.3, 0), (0.31, 0), (1.0, 0)])
@@ -88,12 +98,11 @@ def test_small_pictures_are_no_dropped_rows(run):
     ("changed", "message"),
     [
         ({"shards": "{tmp}/nowhere.tar"}, "nowhere.tar: no such image shard"),
-        ({"shards": "{tmp}/images"}, "no such image shard"),
         ({"shards": "{tmp}/*.tar"}, "no such image shard"),
         ({"shards": ""}, "no pattern given"),
         ({"shards": "nosuch://x/00000.tar"}, "nosuch"),
         ({"model": "{tmp}/nowhere"}, "no such folder"),
-        ({"model": "{tmp}/file"}, "no such folder"),
+        ({"model": "{tmp}/file"}, "is a single file; wanted"),
         ({"model": "{tmp}/images"}, "model folder without vae/"),
         ({"model": "{tmp}/no weights"}, "no weights"),
         ({"model": "{tmp}/no tokenizer"}, "model folder without tokenizer/"),

@@ -20,8 +20,9 @@ from conftest import (
 )
 from PIL import Image
 
+from precompute.config import PrecomputeConfig
 from precompute.decode_back import MAX_RELATIVE_ERROR, decode_back
-from precompute.job import PrecomputeConfig, precompute
+from precompute.job import precompute
 from shards.arrays import map_arrays, save_arrays
 from shards.checksum import row_checksums
 from shards.column import Json
@@ -286,7 +287,8 @@ def test_images_that_were_normalised_wrongly_are_found(made, tmp_path, monkeypat
         "BGR": lambda x: x.flip(1).float() / 127.5 - 1,
     }[pixels]
     monkeypatch.setattr(
-        "precompute.image_rows.to_pixel_values", lambda x, device: wrong(torch.from_numpy(x))
+        "precompute.image_rows.to_pixel_values",
+        lambda crops, device: wrong(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)),
     )
     out = tmp_path / "latents"
     settings: dict[str, Any] = {"model": str(TINY_MODEL), "resolutions": "64", "device": "cpu"}

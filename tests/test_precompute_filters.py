@@ -8,13 +8,21 @@ from conftest import image_bytes, sample_members, smooth_image, write_tar
 from numpy.random import default_rng
 
 from precompute.account import dropped_frac
+from precompute.config import PrecomputeConfig
 from precompute.filters import Filter
-from precompute.job import PrecomputeConfig, precompute
-from precompute.pixels import UnusableImageError, peek_size
+from precompute.job import precompute
+from precompute.pixels import Picture, UnusableImageError
 from shards.dataset import Dataset
 from shards.errors import DatasetError, UserError
 from shards.layout import ledger_path
 from shards.ledger import read_ledger
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height as the header says."""
+    picture = Picture(data)
+    return picture.width, picture.height
+
 
 LAION = "punsafe < 0.1 and pwatermark < 0.8 and similarity > 0.28 and min(width, height) >= 256"
 GOOD = {"punsafe": 0.05, "pwatermark": 0.1, "similarity": 0.3, "width": 300, "height": 256}
@@ -103,12 +111,12 @@ def test_the_size_is_that_of_the_upright_image_and_costs_no_decode():
     image = smooth_image(default_rng(0), 40, 70)
     exif = image.getexif()
     exif[274] = 6
-    assert peek_size(image_bytes(image, "JPEG")) == (40, 70)
+    assert size_of(image_bytes(image, "JPEG")) == (40, 70)
     turned = image_bytes(image, "JPEG", exif=exif)
-    assert peek_size(turned) == (70, 40)
-    assert peek_size(turned[:-100]) == (70, 40)  # the header is whole
+    assert size_of(turned) == (70, 40)
+    assert size_of(turned[:-100]) == (70, 40)  # the header is whole
     with pytest.raises(UnusableImageError, match="not_an_image"):
-        peek_size(b"no picture")
+        Picture(b"no picture")
 
 
 @pytest.fixture

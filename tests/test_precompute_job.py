@@ -18,7 +18,8 @@ import pytest
 import torch
 from conftest import image_bytes, run_python, sample_members, smooth_image, write_tar
 
-from precompute.job import PrecomputeConfig, precompute
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
 from shards.column import Json
 from shards.errors import DatasetError, UserError
 from shards.lock import sole_writer
@@ -125,7 +126,7 @@ def test_another_resolution_encodes_that_column_alone(run, tmp_path, monkeypatch
     def refuse(*_: Any) -> None:
         raise AssertionError("no caption has to be encoded again")
 
-    monkeypatch.setattr("precompute.encoders.TextEncoder.encode", refuse)
+    monkeypatch.setattr("precompute.text_encoder.TextEncoder.encode", refuse)
     run(resolutions="40")
     names = {column_of(name) for name in written_since(before, tmp_path / "out")}
     files = itertools.product(("00000", "00001"), ("json", "safetensors"))
@@ -258,7 +259,9 @@ def test_a_source_of_equal_length_and_other_bytes_is_refused_when_it_is_read(run
     path.write_bytes(path.read_bytes().replace(b"a lion", b"A LION"))
     with pytest.raises(DatasetError, match=r"00000\.tar: is not the shard 00000.*changed"):
         run(shards=f"{copies}/*.tar", resolutions="32,40,48")
-    assert contents(tmp_path / "out") == before
+    after = contents(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert not list((tmp_path / "out").glob("moments-48-*/00000.*"))
 
 
 def test_a_source_that_is_gone_in_mid_job_costs_nothing_but_a_second_run(
@@ -266,21 +269,24 @@ def test_a_source_that_is_gone_in_mid_job_costs_nothing_but_a_second_run(
 ):
     run("unbroken")
     copies = shutil.copytree(images, tmp_path / "images")
-    shutil.copy(copies / "00000.tar", copies / "00002.tar")
+    for number in range(2, 9):  # some are opened ahead of time
+        shutil.copy(images / "00001.tar", copies / f"{number:05d}.tar")
 
-    def lose_the_second(*_: Any) -> None:
-        (copies / "00001.tar").unlink(missing_ok=True)
+    def lose_one(*_: Any) -> None:
+        (copies / "00007.tar").unlink(missing_ok=True)
 
-    monkeypatch.setattr("precompute.progress.Progress.finish_shard", lose_the_second)
-    with pytest.raises(UserError, match=r"1 of 3 shards unread; .*00001\.tar: cannot be read"):
+    monkeypatch.setattr("precompute.shard_job._commit_ledger", lose_one)
+    with pytest.raises(UserError, match=r"1 of 9 shards unread; .*00007\.tar: cannot be read"):
         run(shards=f"{copies}/*.tar")
-    assert (tmp_path / "out" / "ledger" / "00002.json").exists()  # the job went on
-    assert not (tmp_path / "out" / "ledger" / "00001.json").exists()
-    shutil.copy(images / "00001.tar", copies)
     monkeypatch.undo()
+    with pytest.raises(UserError, match=r"no such image shard"):
+        run(shards=f"{copies}/00007.tar")
+    shutil.copy(images / "00001.tar", copies / "00007.tar")
     run(shards=f"{copies}/*.tar")
-    ledgers = [tmp_path / out / "ledger" / "00001.parquet" for out in ("out", "unbroken")]
-    assert ledgers[0].read_bytes() == ledgers[1].read_bytes()
+    assert (tmp_path / "out" / "ledger" / "00008.json").exists()
+    for name in ("ledger/00007.parquet", "ledger/00001.parquet"):
+        wanted = (tmp_path / "unbroken" / "ledger" / "00001.parquet").read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == wanted
     assert list(iter_problems(tmp_path / "out", full=True)) == []
 
 

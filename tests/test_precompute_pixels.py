@@ -11,7 +11,7 @@ from conftest import image_bytes, smooth_image
 from PIL import Image, features
 
 import precompute.pixels
-from precompute.pixels import UnusableImageError, crop_to, decode
+from precompute.pixels import Picture, UnusableImageError
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM"]
 FORMATS += ["AVIF"] if features.check("avif") else []  # a matter of Pillow's build
@@ -19,9 +19,18 @@ FORMATS += ["AVIF"] if features.check("avif") else []  # a matter of Pillow's bu
 
 def decoded(data: bytes) -> np.ndarray:
     """[H, W, 3] as integers that can be subtracted."""
-    image = decode(data)
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
+    return decode(data).astype(int)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Upright pixels, uint8 [H, W, 3]."""
+    picture = Picture(data)
+    picture.expect_usable()
+    pixels = picture.decode()
+    assert pixels.shape == (picture.height, picture.width, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    return pixels
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -176,7 +185,7 @@ def test_damage_anywhere_is_a_reason_or_a_picture_and_never_another_error(file_f
         for place in rng.integers(0, len(data) if rng.random() < 0.5 else 200, rng.integers(1, 9)):
             data[place % len(data)] = rng.choice([0, 255, rng.integers(0, 256)])
         try:
-            assert decode(bytes(data[: rng.integers(1, 2 * len(data))])).mode == "RGB"
+            assert decode(bytes(data[: rng.integers(1, 2 * len(data))])).ndim == 3
         except UnusableImageError as error:
             assert error.reason  # noqa: PT017 - any other error fails the test
 
@@ -202,45 +211,3 @@ def test_a_large_picture_within_the_limit_is_not_refused_for_its_size(monkeypatc
     assert precompute.pixels.MAX_PIXELS >= 100_000_000
     with pytest.raises(UnusableImageError, match="broken_image"):  # it has no pixels, but may
         decode(png_that_claims(10_000, 10_000))
-
-
-# The square.
-
-
-@pytest.mark.parametrize("resolution", [16, 24])
-@pytest.mark.parametrize(
-    "size", [(24, 24), (25, 24), (24, 100), (100, 24), (37, 53), (301, 200), (24, 2400)]
-)
-def test_the_shortest_side_is_resized_and_the_centre_cut_out(size, resolution):
-    image = picture(*size)
-    square = crop_to(image, resolution)
-    assert (square.shape, square.dtype) == ((3, resolution, resolution), np.uint8)
-    assert square.flags.c_contiguous
-
-    width, height = size
-    shortest = min(size)
-    resized = image.resize(
-        (round(width * resolution / shortest), round(height * resolution / shortest)),
-        Image.Resampling.BICUBIC,
-    )
-    left, top = ((side - resolution) // 2 for side in resized.size)
-    expected = np.asarray(resized)[top : top + resolution, left : left + resolution]
-    assert np.array_equal(square.transpose(1, 2, 0), expected)
-
-
-def test_a_picture_of_the_right_size_keeps_every_pixel():
-    image = picture(32, 32)
-    assert np.array_equal(crop_to(image, 32).transpose(1, 2, 0), np.asarray(image))
-    wide = picture(52, 32)
-    assert np.array_equal(crop_to(wide, 32).transpose(1, 2, 0), np.asarray(wide)[:, 10:42])
-
-
-def test_resizing_averages_instead_of_picking_pixels():
-    stripes = np.zeros((256, 256, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.abs(crop_to(Image.fromarray(stripes), 32).astype(int) - 128).max() <= 6
-
-
-def test_a_picture_is_never_enlarged():
-    with pytest.raises(AssertionError, match="never upsampled"):
-        crop_to(picture(31, 100), 32)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from conftest import NUM_SHARDS, SHARD_LENGTH, build_latent_dataset
 
-from precompute.columns import CALIBRATION_CAPTIONS, image_columns, text_column
-from precompute.encoders import TextEncoder, choose_device
-from precompute.job import PrecomputeConfig, precompute
+from precompute.columns import CALIBRATION_CAPTIONS, image_columns, text_columns
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
+from precompute.loading import choose_device
 from precompute.model_folder import find_model
+from precompute.text_encoder import TextEncoder
 from shards.arrays import map_arrays, save_arrays
 from shards.checksum import row_checksums, with_checksums
 from shards.column import ImageColumn, TextColumn
@@ -222,7 +224,7 @@ def test_the_ids_column_has_no_states_anywhere(everything):
 def test_the_null_files_hold_the_empty_caption(everything, model_folder):
     encoder = TextEncoder(find_model(str(model_folder)), choose_device("cpu"), dtype=_float32())
     ids = encoder.tokenize([""])
-    states = encoder.encode(ids).half().numpy()[0]
+    states = encoder.encode(ids).states.half().numpy()[0]
     nulls = {text: everything.read_null(column_of(everything, text)) for text in TEXTS}
     assert nulls["ids"].keys() == {"input_ids"}
     assert nulls["fp16"].keys() == {"input_ids", "states"}
@@ -232,7 +234,8 @@ def test_the_null_files_hold_the_empty_caption(everything, model_folder):
     for text in ("fp16", "int8"):
         assert nulls[text]["states"].dtype == np.float16
         assert nulls[text]["states"].tobytes() == states.tobytes()
-    calibration = encoder.encode(encoder.tokenize(list(CALIBRATION_CAPTIONS))).half().numpy()
+    captions = encoder.tokenize(list(CALIBRATION_CAPTIONS))
+    calibration = encoder.encode(captions).states.half().numpy()
     static = np.abs(calibration[:, 1:].astype(np.float32)).max(axis=(0, 1))
     np.testing.assert_allclose(nulls["int8"]["channel_scale"], static, rtol=2e-3)
     assert nulls["int8"]["channel_scale"].dtype == np.float32
@@ -375,7 +378,7 @@ def test_the_specs_of_a_job_name_the_storage_and_how_integers_came_about(model_f
         assert spec.name == NAMES[storage]
         assert bool(spec.quantization) == storage.endswith("int8")
     for text in TEXTS:
-        column = text_column(model, "float32", text)
+        (column,) = text_columns(model, "float32", text)
         assert column.name == NAMES[text]
         assert bool(column.quantization) == (text == "int8")
 

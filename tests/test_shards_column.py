@@ -41,6 +41,8 @@ def another(value: Any) -> Any:
         return CHOICES[value]
     if isinstance(value, dict):
         return {**value, "one more": 1}
+    if isinstance(value, list):
+        return [*value, [64, 96]]
     return value + ("x" if isinstance(value, str) else 1)
 
 

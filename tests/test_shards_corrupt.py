@@ -14,7 +14,8 @@ import pytest
 from conftest import image_bytes, rewrite_receipt, sample_members, smooth_image, write_tar
 from helpers_kill import contents
 
-from precompute.job import PrecomputeConfig, precompute
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
 from shards.arrays import map_arrays, save_arrays
 from shards.checksum import row_checksums
 from shards.column import Json

@@ -215,10 +215,21 @@ def test_a_column_that_lacks_a_shard_is_refused(dataset):
         assert column.column_id in str(error.value)
 
 
-def test_a_column_with_a_shard_that_the_ledger_lacks_is_refused(dataset):
+def test_a_shard_that_the_ledger_lacks_counts_in_no_column(dataset):
+    """Its ledger is written last: a job is at it, or was killed."""
     for file in (dataset.path / "ledger").glob("00002.*"):
         file.unlink()
     write_manifest(dataset.path)
+    check(dataset.path)
+    for column in Dataset(dataset.path).columns.values():
+        assert sorted(column.shards) == ["00000", "00001"]
+
+
+def test_a_manifest_with_a_shard_that_its_ledger_lacks_is_refused(dataset):
+    path = dataset.path / "dataset.json"
+    manifest = json.loads(path.read_text())
+    del manifest["ledger"]["00002"]
+    path.write_text(json.dumps(manifest))
     with pytest.raises(DatasetError, match=r"moments-64.*ledger lacks \(00002"):
         check(dataset.path)
 

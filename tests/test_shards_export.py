@@ -66,7 +66,8 @@ def odd_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory, odd_images: Path) -> Callable[..., Path]:
     """`odd(latents, text)`: those shards, stored in some way."""
-    from precompute.job import PrecomputeConfig, precompute
+    from precompute.config import PrecomputeConfig
+    from precompute.job import precompute
 
     made: dict[tuple[str, str], Path] = {}
 
@@ -181,7 +182,8 @@ def test_a_tar_holds_each_member_once_and_no_way_out_of_its_folder(odd, tmp_path
 
 def test_shards_with_dots_in_their_names_lose_no_sample(odd_images, tmp_path):
     """To webdataset a key ends at its first dot, and samples of one key are one sample."""
-    from precompute.job import PrecomputeConfig, precompute
+    from precompute.config import PrecomputeConfig
+    from precompute.job import precompute
 
     (tmp_path / "images").mkdir()
     for name in ("laion.part-0", "laion.part-1"):

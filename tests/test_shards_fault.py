@@ -15,7 +15,8 @@ import pytest
 from helpers_kill import Job, contents, write_dataset
 from helpers_s3 import BUCKET, S3, running_s3
 
-from precompute.job import PrecomputeConfig, precompute
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
 from shards import storage
 from shards.cache import ShardCache
 from shards.dataset import Dataset
@@ -48,17 +49,21 @@ SMALL = {"num_tokens": 5, "dim": 8, "captions_per_shard": 3}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3]:
-    config: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 0.4}
-    config["retries"] = {"mode": "standard", "total_max_attempts": 1}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(storage._S3_OPTIONS, "config_kwargs", config)
-        with running_s3(BUCKET) as running:
-            running.faults.stall_sec = 0.8
-            yield running
+    with running_s3(BUCKET) as running:
+        running.faults.stall_sec = 1.2
+        yield running
 
 
 @pytest.fixture
-def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[S3]:
+    # Only where a stall is injected is a short silence one: a busy machine is silent at times.
+    stalls = request.node.callspec.params.get("kind") if hasattr(request.node, "callspec") else ""
+    config: dict[str, Any] = {
+        "connect_timeout": 5,
+        "read_timeout": 0.8 if stalls == "stall" else 30,
+    }
+    config["retries"] = {"mode": "standard", "total_max_attempts": 1}
+    monkeypatch.setitem(storage._S3_OPTIONS, "config_kwargs", config)
     monkeypatch.setattr("shards.storage.REMOTE", FAST)
     monkeypatch.setattr("shards.cache.REMOTE", FAST)
     server.faults.clear()
@@ -133,9 +138,10 @@ OPERATIONS: dict[str, tuple[Callable[[Location, Path], Any], Any]] = {
 def fill(folder: Location) -> None:
     """Bring a folder to the state that each operation begins with."""
     files = {"a": A, "b": B, "sub/c": b"c"}
-    folder.fs.pipe({(folder / name).path: data for name, data in files.items()})
+    for name, data in files.items():
+        write_whole(folder / name, bytes_of(data))
     for name in ("new", "aside/a"):
-        folder.fs.rm_file((folder / name).path)
+        remove(folder / name)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -190,7 +196,7 @@ def test_a_fault_without_end_is_an_error_after_a_bounded_number_of_requests(
     begin = time.monotonic()
     with pytest.raises(StorageError) as error:
         operation(folder, tmp_path)
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 20
     assert attempts <= len(s3.faults.requests) <= attempts * REQUESTS_AT_MOST
     text = str(error.value)
     assert f"{folder}" in text

@@ -1,11 +1,13 @@
 """Image shards in: whatever a tar holds, every sample comes out, usable or with its reason."""
 
+import errno
 import gzip
 import hashlib
 import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,11 @@ import pytest
 from conftest import Members, sample_members, write_tar
 
 from shards.errors import UserError
-from shards.image_shards import ImageSample, ShardStream, SourceShard, find_shards
+from shards.find_shards import find_shards
+from shards.image_index import ShardIndex
+from shards.image_sample import ImageSample
+from shards.image_shards import ShardStream
+from shards.source_shard import SourceShard
 
 IMAGE = b"\xff\xd8 the bytes of a picture"
 
@@ -37,6 +43,10 @@ def read_members(tmp_path: Path, *members: tuple[str, bytes]) -> list[ImageSampl
 
 def three_samples() -> Members:
     return [member for key in "abc" for member in sample_members(key, IMAGE, f"caption of {key}")]
+
+
+def three_large_samples() -> Members:
+    return [member for key in "abc" for member in sample_members(key, os.urandom(30_000), key)]
 
 
 def offsets_of(path: Path) -> list[tarfile.TarInfo]:
@@ -106,7 +116,8 @@ def test_a_shard_in_another_filesystem_is_read_alike(tmp_path):
         ("", "no pattern given"),
         ("  ", "no pattern given"),
         ("{root}/nowhere.tar", "no such image shard"),
-        ("{root}", "no such image shard"),
+        ("{root}/nothing-in-it", "no such image shard"),
+        ("{root}/notes", "1 files, none a shard"),
         ("{root}/*.tgz", "no such image shard"),
         ("{root}/{{7..9}}.tar", "no image shard matches"),
         ("{root}/00000.tar {root}/nowhere.tar", "no such image shard"),
@@ -118,6 +129,8 @@ def test_a_shard_in_another_filesystem_is_read_alike(tmp_path):
 )
 def test_a_pattern_without_image_shards_is_refused_with_an_example(tmp_path, pattern, found):
     touch(tmp_path, "00000.tar", "notes.txt", "null.tar", "ledger.tar.gz", ".tar")
+    touch(tmp_path / "notes", "notes.txt")
+    touch(tmp_path / "nothing-in-it")
     with pytest.raises(UserError, match=rf"{found}.*Remedy: for example SHARDS="):
         find_shards(pattern.format(root=tmp_path))
 
@@ -227,8 +240,7 @@ def test_a_name_that_is_not_utf8_is_still_a_key_of_text(tmp_path):
         data[info.offset : info.offset + 512] = header
     path.write_bytes(data)
     (sample,) = read(path)
-    assert sample.key == "A\N{REPLACEMENT CHARACTER}A"
-    assert sample.key.encode()
+    assert sample.key == "A\\xffA"
     assert sample.problem == ""
 
 
@@ -282,15 +294,104 @@ def test_the_hash_is_that_of_the_file(tmp_path):
         assert stream.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# What is left of a broken shard.
+# Keys, and captions from a field.
 
 
-def test_an_empty_tar_holds_no_samples_and_no_problem(tmp_path):
-    assert read_members(tmp_path) == []
+def test_a_key_that_comes_again_is_kept_once_and_its_return_has_a_reason(tmp_path):
+    a, b = sample_members("a", IMAGE, "x"), sample_members("b", IMAGE, "x")
+    samples = read_members(tmp_path, *a, *b, *a, *a, *b)
+    assert [(s.key, s.problem) for s in samples] == [
+        ("a", ""),
+        ("b", ""),
+        ("a", "duplicate_key"),  # with itself once more behind it
+        ("b", "duplicate_key"),
+    ]
+    assert samples[2].image is None
+
+
+def test_images_first_and_captions_after_are_all_accounted_for(tmp_path):
+    images = [(f"{key}.jpg", IMAGE) for key in "abc"]
+    captions = [(f"{key}.txt", b"x") for key in "abc"]
+    samples = read_members(tmp_path, *images, *captions)
+    assert [s.problem for s in samples] == ["no_caption"] * 3 + ["duplicate_key"] * 3
+
+
+def test_odd_keys_come_through_as_they_are(tmp_path):
+    keys = ["a" * 100_000, "../" * 500 + "x", "a\0b", "\0", "", " ", "\u202e", "a\\xffb"]
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for key in keys:
+            for name, data in sample_members(key + "/k", IMAGE, "x"):
+                info = tarfile.TarInfo("replaced")
+                info.pax_headers, info.size = {"path": name}, len(data)
+                tar.addfile(info, io.BytesIO(data))
+    samples = read(path)
+    assert [sample.key for sample in samples] == [key + "/k" for key in keys]
+    assert {sample.problem for sample in samples} == {""}
+
+
+def test_two_names_that_are_no_utf8_stay_two_keys(tmp_path):
+    path = tmp_path / "00000.tar"
+    members = [
+        (f"A{byte}A.{suffix}", IMAGE) for byte in "\udcff\udcfe" for suffix in ("jpg", "txt")
+    ]
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    samples = read(path)
+    assert [(s.key, s.problem) for s in samples] == [
+        ("A\\xffA", "caption_not_utf8"),
+        ("A\\xfeA", "caption_not_utf8"),
+    ]
+    assert all(sample.key.encode() for sample in samples)
+
+
+def test_samples_of_unknown_suffixes_alone_have_no_image(tmp_path):
+    members = [("a.gif", b"x"), ("a.txt", b"x"), ("b.cls", b"1"), ("c.heic", b"x")]
+    samples = read_members(tmp_path, *members)
+    assert [(s.key, s.problem) for s in samples] == [(key, "no_image") for key in "abc"]
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"not a tar", b"\x89PNG\r\n" * 1000, b"\0" * 100, b"\x1f\x8b\x08broken"], ids=repr
+    ("fields", "caption", "problem"),
+    [
+        ({"blip": " a lion "}, "a lion", ""),
+        ({"blip": ""}, "", "no_caption"),
+        ({"blip": None}, None, "no_caption"),
+        ({"blip": ["a lion"]}, None, "no_caption"),
+        ({"caption": "a tiger"}, None, "no_caption"),
+    ],
+    ids=str,
+)
+def test_a_named_caption_field_is_the_only_one(tmp_path, fields, caption, problem):
+    document = json.dumps(fields).encode()
+    members = [("a.jpg", IMAGE), ("a.txt", b"\xff not even text"), ("a.json", document)]
+    path = write_tar(tmp_path / "00000.tar", members)
+    (sample,) = ShardStream(shard_at(path), caption_field="blip")
+    assert (sample.caption, sample.problem) == (caption, problem)
+    assert ShardIndex(str(path), caption_field="blip").read(0) == sample
+
+
+# What is left of a broken shard.
+
+
+def test_a_shard_without_samples_says_so(tmp_path):
+    notes = [("__notes__", b"x"), ("__more__/a.jpg", IMAGE)]
+    for number, members in enumerate(([], notes)):
+        path = write_tar(tmp_path / f"{number}.tar", members)
+        assert problems_of(path) == {f"<shard {number}>": "no_samples"}
+    packed = tmp_path / "2.tgz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert problems_of(packed) == {"<shard 2>": "no_samples"}
+    for name in ("3.tar", "4.tar.gz", "5.tgz", "6.parquet"):
+        touch(tmp_path, name)
+        assert problems_of(tmp_path / name) == {f"<shard {name[0]}>": "no_samples"}
+
+
+@pytest.mark.parametrize(
+    "data", [b"not a tar", b"\x89PNG\r\n" * 1000, b"\0" * 100, b"\x1f\x8b\x08broken"], ids=repr
 )
 @pytest.mark.parametrize("name", ["00000.tar", "00000.tar.gz"])
 def test_what_is_no_tar_is_one_broken_shard(tmp_path, name, data):
@@ -312,7 +413,7 @@ def test_a_tar_cut_short_anywhere_yields_what_comes_before_and_says_so(tmp_path)
     path = write_tar(tmp_path / "00000.tar", three_samples())
     whole = path.read_bytes()
     end = max(info.offset_data + 512 for info in offsets_of(path))
-    for length in [*range(0, end, 400), *range(0, end, 512), end - 1, end]:
+    for length in [1, *range(400, end, 400), *range(512, end, 512), end - 1, end]:
         path.write_bytes(whole[:length])
         found = read(path)
         accounted_for(found)
@@ -329,6 +430,47 @@ def test_a_compressed_tar_cut_short_says_so(tmp_path):
     packed.write_bytes(gzip.compress(whole[:end]))
     accounted_for(read(packed))
     assert read(packed)[-1].problem == "broken_shard"
+
+
+def test_a_compressed_tar_cut_short_anywhere_yields_all_that_comes_before(tmp_path):
+    path = write_tar(tmp_path / "plain.tar", three_large_samples())
+    packed = tmp_path / "00000.tar.gz"
+    whole = gzip.compress(path.read_bytes(), mtime=0)
+    for length in [*range(1, 30), *range(0, len(whole), 1777)[1:], *range(-900, 0, 7)]:
+        packed.write_bytes(whole[:length])
+        stream = ShardStream(SourceShard(str(packed), "00000", None))
+        found = list(stream)
+        unpacked = zlib.decompressobj(31).decompress(whole[:length])
+        path.write_bytes(unpacked)
+        before = read(path)
+        assert found[-1].problem == "broken_shard"
+        assert found[:-1] == [sample for sample in before if not sample.problem]
+        assert stream.sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
+        assert stream.num_bytes == packed.stat().st_size
+
+
+def test_a_compressed_tar_with_a_flipped_byte_loses_nothing_silently(tmp_path):
+    path = write_tar(tmp_path / "plain.tar", three_samples())
+    packed = tmp_path / "00000.tar.gz"
+    whole = gzip.compress(path.read_bytes(), mtime=0)
+    sound, damaged = read(path), 0
+    for place in range(len(whole)):
+        packed.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        found = read(packed)
+        # Another code for the same bytes is no damage.
+        assert found == sound or found[-1].problem == "broken_shard"
+        damaged += found != sound
+    assert damaged > len(whole) / 2
+
+
+def test_gzip_of_several_parts_is_read_to_its_end(tmp_path):
+    whole = write_tar(tmp_path / "plain.tar", three_samples()).read_bytes()
+    packed = tmp_path / "00000.tgz"
+    for padding in (b"", bytes(100_000)):
+        packed.write_bytes(gzip.compress(whole[:700]) + gzip.compress(whole[700:]) + padding)
+        assert problems_of(packed) == {"a": "", "b": "", "c": ""}
+    packed.write_bytes(gzip.compress(whole) + b"x")
+    assert [sample.problem for sample in read(packed)] == ["", "", "", "broken_shard"]
 
 
 def test_a_damaged_header_anywhere_loses_no_sample_silently(tmp_path):
@@ -370,7 +512,7 @@ def test_a_shard_that_cannot_be_read_now_is_an_error_and_not_a_broken_shard(tmp_
 
 
 @pytest.mark.parametrize("name", ["00000.tar", "00000.tar.gz"])
-def test_a_disk_or_network_that_fails_in_mid_read_is_an_error_and_not_a_broken_shard(
+def test_a_disk_that_fails_in_mid_read_is_an_error_and_not_a_broken_shard(
     tmp_path, monkeypatch, name
 ):
     path = write_tar(tmp_path / "plain.tar", [*three_samples(), ("d.jpg", os.urandom(100_000))])
@@ -382,12 +524,14 @@ def test_a_disk_or_network_that_fails_in_mid_read_is_an_error_and_not_a_broken_s
     class FailingFile(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             if self.tell() > 40_000:
-                raise TimeoutError("connection lost")
+                raise OSError(errno.EIO, "input/output error")
             return super().read(size)
 
-    monkeypatch.setattr("fsspec.open", lambda url, mode: FailingFile(Path(url).read_bytes()))
+    monkeypatch.setattr(
+        "shards.image_shards.open_source", lambda shard: FailingFile(Path(shard.url).read_bytes())
+    )
     found = []
-    with pytest.raises(UserError, match=r"cannot be read .*connection lost"):
+    with pytest.raises(UserError, match=r"cannot be read .*input/output error"):
         found += ShardStream(shard)
     assert "broken_shard" not in {sample.problem for sample in found}
 

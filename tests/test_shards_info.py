@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import NUM_SHARDS, SHARD_LENGTH, TINY_MODEL, run_python, status_of
 
-from precompute.job import PrecomputeConfig, precompute
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
 from shards.__main__ import build_parser
 from shards.dataset import Dataset
 from shards.info import describe

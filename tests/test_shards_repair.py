@@ -288,7 +288,8 @@ def test_killed_half_way_a_file_without_receipt_is_the_worst_that_is_left(
 def test_a_repaired_dataset_is_whole_again_after_the_same_precompute(
     tmp_path, model_folder, image_shards
 ):
-    from precompute.job import PrecomputeConfig, precompute
+    from precompute.config import PrecomputeConfig
+    from precompute.job import precompute
 
     out = tmp_path / "latents"
     config = PrecomputeConfig(

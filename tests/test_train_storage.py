@@ -20,8 +20,9 @@ from helpers_train import (
     write_unet,
 )
 
+from precompute.config import PrecomputeConfig
 from precompute.encoded_text import EncodedText
-from precompute.job import PrecomputeConfig, precompute
+from precompute.job import precompute
 from shards.column import TextColumn
 from shards.dataset import Column, Dataset
 from shards.errors import DatasetError

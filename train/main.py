@@ -57,7 +57,7 @@ def run(config: TrainConfig) -> None:
 
     import torch
 
-    from train.stop import follow_launcher
+    from train.launcher import follow_launcher
     from train.trainer import build_accelerator, train
 
     follow_launcher()

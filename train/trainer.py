@@ -22,6 +22,7 @@ from shards.batch import BatchSource, LatentBatch
 from shards.canonical import canonical_json
 from shards.errors import UserError
 from shards.order import choose_partitions, positions_of_rank
+from shards.stop import StopOnSignal
 from shards.storage import write_text_whole
 from train.attention import apply_attention
 from train.checkpoint import (
@@ -40,7 +41,6 @@ from train.ema import WeightAverage
 from train.interval import Interval, log_line
 from train.metrics import MetricsLog
 from train.objective import Objective, sample_latents
-from train.stop import StopOnSignal
 from train.transfer import to_device
 from train.unet import build_unet, load_unet_config
 

@@ -1,0 +1,78 @@
+"""Where the time of a job went, and which stage the others waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from precompute.time_account import DECODE, READ, TRANSFORM, WRITE
+
+_REMEDIES = {
+    READ: "a faster source, or more --workers",
+    DECODE: "more CPUs, or more --decode-workers",
+    WRITE: "a faster destination, or more --workers",
+    "encode": "another GPU: the encoders are the limit",
+}
+
+
+class JobAccount:
+    """Busy seconds by stage over all workers, against what each stage could have been busy.
+
+    Stages overlap: reading, decoding with its transforms, encoding and writing have resources of
+    their own, so the stage that was busy for the largest share is the one that all wait for.
+
+    Args:
+        num_workers: over all machines.
+        decode_workers: threads of each.
+    """
+
+    def __init__(self, num_workers: int, decode_workers: int) -> None:
+        self._start = time.perf_counter()
+        self._end = self._start
+        self.seconds: dict[str, float] = {}
+        self._num_workers, self._decode_workers = num_workers, decode_workers
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Take a shard's busy seconds by stage."""
+        for name, spent in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def finish(self) -> None:
+        """Stop the clock."""
+        self._end = time.perf_counter()
+
+    @property
+    def wall_sec(self) -> float:
+        """Seconds that passed."""
+        return self._end - self._start
+
+    def busy(self) -> dict[str, float]:
+        """Share of its capacity that each of the four kinds of stages was busy."""
+        spent = {
+            READ: self._spent(READ),
+            DECODE: (self._spent(DECODE) + self._spent(TRANSFORM)) / self._decode_workers,
+            "encode": sum(s for name, s in self.seconds.items() if name.startswith("encode ")),
+            WRITE: self._spent(WRITE),
+        }
+        capacity_sec = max(self.wall_sec, 1e-9) * self._num_workers
+        return {name: sec / capacity_sec for name, sec in spent.items()}
+
+    def _spent(self, stage: str) -> float:
+        return self.seconds.get(stage, 0.0)
+
+    def bottleneck(self) -> str:
+        """The stage that was busy for the largest share."""
+        busy = self.busy()
+        return max(busy, key=lambda name: busy[name])
+
+    def summary(self, num_samples: int) -> str:
+        """Two lines for people."""
+        ranked = sorted(self.seconds.items(), key=lambda stage: -stage[1])
+        stages = ", ".join(f"{name} {sec:.1f} s" for name, sec in ranked)
+        busy = ", ".join(f"{name} {share:.0%}" for name, share in self.busy().items())
+        slowest = self.bottleneck()
+        return (
+            f"encoded {num_samples:,} samples in {self.wall_sec:.1f} s, "
+            f"{num_samples / max(self.wall_sec, 1e-9):.1f} img/s; busy: {stages}\n"
+            f"  of capacity: {busy}; the bottleneck is {slowest} ({_REMEDIES[slowest]})"
+        )

@@ -1,0 +1,235 @@
+"""Shards over this machine: one worker process for each device, or one in this process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from precompute.engine import MAX_ATTEMPTS, Dispatch, Event, Events, Failed, Finished, Progressed
+from precompute.shard_task import ShardTask
+from precompute.worker import Worker
+from precompute.worker_spec import SHARDS_IN_HAND, WorkerSpec
+from shards.errors import UnreadableShardError, UserError
+
+_TICK_SEC = 0.2  # how long an engine is silent at most
+
+
+class _AbandonedError(Exception):
+    """The job ends; whoever is at a shard drops it."""
+
+
+def run_here(spec: WorkerSpec, tasks: Sequence[ShardTask]) -> Events:
+    """One worker in this process.
+
+    Raises:
+        UserError: a shard cannot be encoded, or the model not loaded.
+    """
+    worker = Worker(spec)
+    events: queue.Queue[Event | Exception] = queue.Queue()
+    abandoned = threading.Event()
+
+    def count(num_samples: int) -> None:
+        if abandoned.is_set():
+            raise _AbandonedError
+        events.put(Progressed(num_samples))
+
+    def encode(task: ShardTask) -> None:
+        if abandoned.is_set():
+            return
+        try:
+            events.put(Finished(task, worker.encode(task, count)))
+        except UnreadableShardError as error:
+            events.put(Failed(task, error))
+        except Exception as error:  # raised again by whoever reads the events
+            events.put(error)
+
+    with ThreadPoolExecutor(SHARDS_IN_HAND, thread_name_prefix="shard") as pool:
+        for task in tasks:
+            pool.submit(encode, task)
+        remaining = len(tasks)
+        try:
+            while remaining:
+                try:
+                    event = events.get(timeout=_TICK_SEC)
+                except queue.Empty:
+                    event = Progressed(0)
+                if isinstance(event, Exception):
+                    raise event
+                remaining -= not isinstance(event, Progressed)
+                yield event
+        finally:
+            abandoned.set()
+            pool.shutdown(cancel_futures=True)
+            worker.close()
+
+
+def run_local(specs: Sequence[WorkerSpec], tasks: Sequence[ShardTask]) -> Events:
+    """A worker process for each spec. One that dies is replaced.
+
+    Raises:
+        UserError: a shard cannot be encoded, or the model not loaded.
+    """
+    dispatch, failed_starts = Dispatch(tasks), 0
+    with _processes() as workers:
+        workers.extend(_Process(spec) for spec in specs[: len(tasks)])
+        while not dispatch.is_done:
+            for worker in workers:
+                for task in dispatch.hand_out(worker) if worker.is_ready else ():
+                    worker.send(task)
+            yield Progressed(0)
+            for connection in wait([worker.connection for worker in workers], _TICK_SEC):
+                worker = next(w for w in workers if w.connection is connection)
+                try:
+                    yield _event_of(worker.connection.recv(), worker, dispatch)
+                except (EOFError, OSError):
+                    failed_starts = 0 if worker.is_ready else failed_starts + 1
+                    yield from dispatch.lose(worker, worker.cause_of_death())
+                    _replace(worker, workers, failed_starts)
+
+
+class _Process:
+    """A worker process, as the job sees it."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.is_ready = False
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=_work, args=(spec, theirs), name=f"precompute-{spec.device}", daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def send(self, task: ShardTask) -> None:
+        """Hand over a shard; a worker that is dead is noticed when it is listened to."""
+        try:
+            self.connection.send(task)
+        except OSError:
+            return
+
+    def cause_of_death(self) -> str:
+        """Which worker died, and how."""
+        self.process.join()
+        status = self.process.exitcode or 0
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return f"{self.process.name} (process {self.process.pid}): {how}"
+
+    def kill(self) -> None:
+        """End it, whatever it does; all that it wrote is whole."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+@contextmanager
+def _processes() -> Iterator[list[_Process]]:
+    workers: list[_Process] = []
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _replace(worker: _Process, workers: list[_Process], failed_starts: int) -> None:
+    """Start another in the place of one that died."""
+    if failed_starts == MAX_ATTEMPTS:
+        raise UserError(
+            worker.process.name,
+            f"died {MAX_ATTEMPTS} times while it loaded the model ({worker.cause_of_death()})",
+            remedy="memory is the usual cause: fewer --workers",
+        )
+    workers.remove(worker)
+    worker.kill()
+    workers.append(_Process(worker.spec))
+
+
+def _event_of(message: Any, worker: _Process, dispatch: Dispatch) -> Event:
+    kind, shard, content = message
+    if kind == "ready":
+        worker.is_ready = True
+        return Progressed(0)
+    if kind == "samples":
+        return Progressed(content)
+    if kind == "error":
+        raise content
+    if kind == "bug":
+        raise RuntimeError(f"in {worker.process.name}, shard {shard}:\n{content}")
+    task = dispatch.take_back(worker, shard)
+    return Finished(task, content) if kind == "done" else Failed(task, content)
+
+
+def _work(spec: WorkerSpec, connection: Connection) -> None:
+    """The life of a worker process: shards come in, what became of them goes out."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the job decides when its workers end
+    sending = threading.Lock()
+
+    def say(kind: str, shard: str, content: object) -> None:
+        with sending:
+            connection.send((kind, shard, content))
+
+    _share_cpus(spec)
+    try:
+        worker = Worker(spec)
+    except UserError as error:
+        say("error", "", error)
+        return
+    say("ready", "", None)
+
+    def encode(task: ShardTask) -> None:
+        shard, counted = task.source.name, _Counted(say)
+        try:
+            done = worker.encode(task, counted)
+            counted.flush()
+            say("done", shard, done)
+        except UnreadableShardError as error:
+            say("unreadable", shard, error)
+        except UserError as error:
+            say("error", shard, error)
+        except Exception:  # the job shows it, and ends
+            say("bug", shard, traceback.format_exc())
+
+    with ThreadPoolExecutor(SHARDS_IN_HAND, thread_name_prefix="shard") as pool:
+        while True:
+            try:
+                task = connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the job is gone; all that was written is whole
+            pool.submit(encode, task)
+
+
+class _Counted:
+    """Says how many samples were read, in portions."""
+
+    def __init__(self, say: Any, portion: int = 16) -> None:
+        self._say, self._portion, self._count = say, portion, 0
+
+    def __call__(self, num_samples: int) -> None:
+        self._count += num_samples
+        if self._count >= self._portion:
+            self.flush()
+
+    def flush(self) -> None:
+        """Say what was not said yet."""
+        self._say("samples", "", self._count)
+        self._count = 0
+
+
+def _share_cpus(spec: WorkerSpec) -> None:
+    """Workers on CPUs share them; each would otherwise take them all."""
+    import torch
+
+    if spec.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(spec.decode_workers)
