@@ -1,8 +1,8 @@
 """Measure: online against offline training when no command is named, else what the command says.
 
 Commands: `loader` (our reader of latent shards against other loaders), `order` (open and seek in
-400 million samples); see `python -m benchmarks loader --help`. The last line of the output is one
-JSON document.
+400 million samples), `precompute` (stage 1 against a naive one); see `python -m benchmarks loader
+--help`. The last line of the output is one JSON document.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import loader, online_offline, order
+from benchmarks import loader, online_offline, order, precompute
 from benchmarks.result import publish
 from shards.errors import reported
 
@@ -35,6 +35,12 @@ _DEFAULT = _Command(
 _COMMANDS = {
     "loader": _Command(loader.LoaderConfig, loader.measure, loader.print_table, loader.__doc__),
     "order": _Command(order.OrderConfig, order.measure, order.print_table, order.__doc__),
+    "precompute": _Command(
+        precompute.PrecomputeBenchConfig,
+        precompute.measure,
+        precompute.print_table,
+        precompute.__doc__,
+    ),
 }
 
 

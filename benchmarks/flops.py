@@ -25,23 +25,40 @@ def flops_per_image(
     """
     import diffusers
     import torch
-    import transformers
 
     with torch.device("meta"):
         net = diffusers.UNet2DConditionModel.from_config(load_unet_config(unet))
-        vae = getattr(diffusers, model.vae_class).from_config(model.vae_config)
-        text_config = transformers.CLIPTextConfig(**model.text_config(text.part))
-        encoder = getattr(transformers, model.text_class(text.part))(text_config)
         latents = torch.randn(1, *image.latent_shape)
         states = torch.randn(1, text.num_tokens, text.dim)
         timesteps = torch.zeros(1, dtype=torch.long)
-        pixel_values = torch.randn(1, 3, image.resolution, image.resolution)
-        input_ids = torch.zeros(1, text.num_tokens, dtype=torch.long)
     return {
         "unet": _count(lambda: net(latents, timesteps, states).sample.sum().backward()),
-        "vae": _count(lambda: vae.encode(pixel_values)),
-        "text": _count(lambda: encoder(input_ids)),
+        "vae": vae_flops(model, image.resolution),
+        "text": text_flops(model, text),
     }
+
+
+def vae_flops(model: ModelFolder, resolution: int) -> int:
+    """FLOPs of the autoencoder's encoder for one image."""
+    import diffusers
+    import torch
+
+    with torch.device("meta"):
+        vae = getattr(diffusers, model.vae_class).from_config(model.vae_config)
+        pixel_values = torch.randn(1, 3, resolution, resolution)
+    return _count(lambda: vae.encode(pixel_values))
+
+
+def text_flops(model: ModelFolder, text: TextColumn) -> int:
+    """FLOPs of a text encoder for one caption."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        text_config = transformers.CLIPTextConfig(**model.text_config(text.part))
+        encoder = getattr(transformers, model.text_class(text.part))(text_config)
+        input_ids = torch.zeros(1, text.num_tokens, dtype=torch.long)
+    return _count(lambda: encoder(input_ids))
 
 
 def _count(run: Any) -> int:

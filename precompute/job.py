@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from precompute.account import print_account
@@ -78,15 +78,15 @@ def precompute(config: PrecomputeConfig, stop: StopOnSignal | None = None) -> Js
         else:
             print(f"{dataset}: all {len(sources):,} shards are there already, nothing to do")
         manifest = write_manifest(dataset)
-    print_account(dataset, manifest, columns)
+    print_account(dataset, manifest, columns, len(job.failed))
     job.report(config.shards, len(sources))
     return manifest
 
 
 def _choose_devices(config: PrecomputeConfig) -> list[str]:
     """One for each worker of this machine; a Ray cluster has devices of its own."""
-    if config.device == "cpu":
-        return ["cpu"] * max(1, config.workers)
+    if config.device == "cpu" or (config.engine == "ray" and config.device != "auto"):
+        return [config.device] * max(1, config.workers)
     from precompute.loading import find_devices
 
     devices = find_devices(config.device)
@@ -106,25 +106,15 @@ def _start(
     config: PrecomputeConfig, spec: WorkerSpec, devices: list[str], tasks: list[ShardTask]
 ) -> Events:
     """Hand the tasks to an engine."""
-    if config.engine == "ray":
-        run_ray = _import_ray_engine()
+    if config.engine == "ray" and tasks:
+        from precompute.ray_cluster import run_ray
+
         return run_ray(spec, tasks, len(devices), config.ray_address)
     from precompute.local_engine import run_here, run_local
 
     if len(devices) == 1 or len(tasks) <= 1:
         return run_here(spec, tasks)
     return run_local([replace(spec, device=device) for device in devices], tasks)
-
-
-def _import_ray_engine() -> Callable[..., Events]:
-    try:
-        from precompute.ray_engine import run_ray
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        remedy = ".venv/bin/pip install ray"
-        raise UserError("--engine ray", "Ray is not installed", remedy=remedy) from None
-    return run_ray
 
 
 @dataclass

@@ -11,7 +11,7 @@ _REMEDIES = {
     READ: "a faster source, or more --workers",
     DECODE: "more CPUs, or more --decode-workers",
     WRITE: "a faster destination, or more --workers",
-    "encode": "another GPU: the encoders are the limit",
+    "encode": "a faster device, or more of them",
 }
 
 

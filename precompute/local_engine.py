@@ -11,17 +11,19 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from precompute.engine import MAX_ATTEMPTS, Dispatch, Event, Events, Failed, Finished, Progressed
+from precompute.engine import Dispatch, Event, Events, Failed, Finished, Progressed
 from precompute.shard_task import ShardTask
 from precompute.worker import Worker
 from precompute.worker_spec import SHARDS_IN_HAND, WorkerSpec
 from shards.errors import UnreadableShardError, UserError
 
 _TICK_SEC = 0.2  # how long an engine is silent at most
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _AbandonedError(Exception):
@@ -79,7 +81,7 @@ def run_local(specs: Sequence[WorkerSpec], tasks: Sequence[ShardTask]) -> Events
     Raises:
         UserError: a shard cannot be encoded, or the model not loaded.
     """
-    dispatch, failed_starts = Dispatch(tasks), 0
+    dispatch = Dispatch(tasks)
     with _processes() as workers:
         workers.extend(_Process(spec) for spec in specs[: len(tasks)])
         while not dispatch.is_done:
@@ -89,12 +91,13 @@ def run_local(specs: Sequence[WorkerSpec], tasks: Sequence[ShardTask]) -> Events
             yield Progressed(0)
             for connection in wait([worker.connection for worker in workers], _TICK_SEC):
                 worker = next(w for w in workers if w.connection is connection)
-                try:
-                    yield _event_of(worker.connection.recv(), worker, dispatch)
-                except (EOFError, OSError):
-                    failed_starts = 0 if worker.is_ready else failed_starts + 1
-                    yield from dispatch.lose(worker, worker.cause_of_death())
-                    _replace(worker, workers, failed_starts)
+                if message := worker.receive():
+                    yield _event_of(message, worker, dispatch)
+                else:
+                    why = worker.cause_of_death()
+                    yield from dispatch.lose_worker(worker, why, was_ready=worker.is_ready)
+                    workers.remove(worker)
+                    workers.append(_Process(worker.spec))
 
 
 class _Process:
@@ -108,7 +111,8 @@ class _Process:
         self.process: BaseProcess = context.Process(
             target=_work, args=(spec, theirs), name=f"precompute-{spec.device}", daemon=True
         )
-        self.process.start()
+        with _held_signals():
+            self.process.start()
         theirs.close()
 
     def send(self, task: ShardTask) -> None:
@@ -118,9 +122,17 @@ class _Process:
         except OSError:
             return
 
+    def receive(self) -> Any:
+        """What it says; None when it is dead."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
+
     def cause_of_death(self) -> str:
         """Which worker died, and how."""
         self.process.join()
+        self.connection.close()
         status = self.process.exitcode or 0
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         return f"{self.process.name} (process {self.process.pid}): {how}"
@@ -133,6 +145,21 @@ class _Process:
 
 
 @contextmanager
+def _held_signals() -> Iterator[None]:
+    """A process that is started meanwhile never sees what asks the job to stop.
+
+    The signals may go to the whole process group, at a time when the process has not even begun to
+    import; held signals are inherited, and the job's own are delivered afterwards.
+    """
+    resource_tracker.ensure_running()  # else the first start does so, and lets the signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _processes() -> Iterator[list[_Process]]:
     workers: list[_Process] = []
     try:
@@ -140,19 +167,6 @@ def _processes() -> Iterator[list[_Process]]:
     finally:
         for worker in workers:
             worker.kill()
-
-
-def _replace(worker: _Process, workers: list[_Process], failed_starts: int) -> None:
-    """Start another in the place of one that died."""
-    if failed_starts == MAX_ATTEMPTS:
-        raise UserError(
-            worker.process.name,
-            f"died {MAX_ATTEMPTS} times while it loaded the model ({worker.cause_of_death()})",
-            remedy="memory is the usual cause: fewer --workers",
-        )
-    workers.remove(worker)
-    worker.kill()
-    workers.append(_Process(worker.spec))
 
 
 def _event_of(message: Any, worker: _Process, dispatch: Dispatch) -> Event:
@@ -172,13 +186,15 @@ def _event_of(message: Any, worker: _Process, dispatch: Dispatch) -> Event:
 
 def _work(spec: WorkerSpec, connection: Connection) -> None:
     """The life of a worker process: shards come in, what became of them goes out."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the job decides when its workers end
+    threading.Thread(target=_die_with_job, name="die-with-job", daemon=True).start()
     sending = threading.Lock()
 
     def say(kind: str, shard: str, content: object) -> None:
-        with sending:
-            connection.send((kind, shard, content))
+        try:
+            with sending:
+                connection.send((kind, shard, content))
+        except OSError:
+            os._exit(0)  # the job is gone; all that was written is whole
 
     _share_cpus(spec)
     try:
@@ -206,8 +222,16 @@ def _work(spec: WorkerSpec, connection: Connection) -> None:
             try:
                 task = connection.recv()
             except (EOFError, OSError):
-                os._exit(0)  # the job is gone; all that was written is whole
+                os._exit(0)
             pool.submit(encode, task)
+
+
+def _die_with_job() -> None:
+    """A worker whose job was killed may load a model for minutes before it listens again."""
+    job = multiprocessing.parent_process()
+    assert job is not None
+    wait([job.sentinel])
+    os._exit(0)
 
 
 class _Counted:

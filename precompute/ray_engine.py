@@ -8,17 +8,16 @@ had in hand is handed out again.
 
 from __future__ import annotations
 
-import logging
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from precompute.decoding import DecodedSample
 from precompute.engine import Dispatch, Event, Events, Failed, Finished, Progressed
@@ -34,7 +33,10 @@ from shards.source_shard import SourceShard
 _CHUNK = 16  # decoded samples per object
 _CHUNKS_AHEAD = 4  # that a decoding task may be in front of its actor
 _TICK_SEC = 1.0
-_PACKAGES = ("shards", "precompute")
+
+
+class _DecoderDiedError(Exception):
+    """The process, or the machine, of a decoding task is gone."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +66,41 @@ def _decode_chunks(
 
 
 class _RemoteShard:
-    """`DecodedSamples` that a task elsewhere decodes."""
+    """`DecodedSamples` that a task elsewhere decodes.
+
+    It returns when the first chunk is there. Whoever waits for an encoder so has a task that runs:
+    tasks that wait for the encoder keep their CPUs, and one that has the encoder and waits for a
+    CPU would wait for ever. So Ray must not try a task again either; `Dispatch` does.
+    """
 
     def __init__(self, spec: WorkerSpec, source: SourceShard, crops: list[Crop]) -> None:
         task = ray.remote(_decode_chunks).options(
             num_cpus=spec.decode_workers,
             num_returns="streaming",
+            max_retries=0,
             _generator_backpressure_num_objects=_CHUNKS_AHEAD,
         )
         self._chunks = task.remote(spec, source, crops)
         self._end: _End | None = None
+        self._first = self._take()
 
     def __iter__(self) -> Iterator[DecodedSample]:
-        for reference in self._chunks:
-            chunk = ray.get(reference)
-            if isinstance(chunk, _End):
-                self._end = chunk
-            else:
-                yield from chunk
+        chunk = self._first
+        while not isinstance(chunk, _End):
+            yield from chunk
+            chunk = self._take()
+        self._end = chunk
+
+    def _take(self) -> list[DecodedSample] | _End:
+        try:
+            chunk: list[DecodedSample] | _End = ray.get(next(self._chunks))
+        except RayTaskError as error:  # it is also of the class of its cause
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise _DecoderDiedError(_first_line(error)) from None
+        return chunk
 
     def close(self) -> None:
         """End the task; one that is done is left alone."""
@@ -104,8 +123,12 @@ class _RemoteShard:
 class _Actor:
     """A worker somewhere in the cluster."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
         self._num_samples = 0
+
+    def load(self, spec: WorkerSpec) -> None:
+        """Load the model; apart from the beginning of the process, so that its errors arrive."""
 
         def open_decoded(source: SourceShard, crops: list[Crop]) -> DecodedSamples:
             return _RemoteShard(spec, source, crops)
@@ -113,6 +136,8 @@ class _Actor:
         self._worker = Worker(spec, open_decoded)
 
     def encode(self, task: ShardTask) -> ShardDone:
+        """Write what a shard lacks."""
+        assert self._worker is not None
         return self._worker.encode(task, self._count)
 
     def count_samples(self) -> int:
@@ -123,64 +148,103 @@ class _Actor:
         self._num_samples += num_samples
 
 
-def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], num_workers: int, address: str) -> Events:
-    """Actors on the cluster at `address`; on this machine alone where that is empty.
+def run_actors(spec: WorkerSpec, tasks: Sequence[ShardTask], num_workers: int) -> Events:
+    """Actors on the cluster that this process is connected to. One that dies is replaced.
 
     Raises:
-        UserError: no cluster there, a shard cannot be encoded, or the model not loaded.
+        UserError: a shard cannot be encoded, or the model not loaded.
     """
+    # A task that asks for more CPUs than any machine has would wait for ever.
+    spec = replace(spec, decode_workers=min(spec.decode_workers, _most_cpus()))
     dispatch = Dispatch(tasks)
-    running: dict[Any, tuple[str, ShardTask]] = {}
-    with _connected(address), _Actors(spec, min(num_workers, len(tasks))) as actors:
+    with _Actors(spec, min(num_workers, len(tasks))) as actors:
         while not dispatch.is_done:
-            for name, actor in actors.by_name.items():
+            for name in actors.ready:
                 for task in dispatch.hand_out(name):
-                    running[actor.encode.remote(task)] = name, task
+                    actors.encode(name, task)
             yield Progressed(actors.new_samples())
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_TICK_SEC)
-            for reference in ready:
-                if reference not in running:
-                    continue  # of an actor that has just died
-                name, task = running.pop(reference)
-                try:
-                    yield _event_of(reference, dispatch, name, task)
-                except RayActorError as error:
-                    running = {r: held for r, held in running.items() if held[0] != name}
-                    why = str(error).strip().splitlines()[0]
-                    yield from dispatch.lose(name, f"{name}: {why}")
-                    actors.replace(name)
+            for reference, name, task in actors.wait():
+                if task is None:
+                    yield from _began(reference, dispatch, name, actors)
+                else:
+                    yield from _ended(reference, dispatch, name, task, actors)
 
 
-def _event_of(reference: Any, dispatch: Dispatch, name: str, task: ShardTask) -> Event:
+def _most_cpus() -> int:
+    """Of the machine that has most."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return max(1, *(int(node["Resources"].get("CPU", 0)) for node in nodes))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _began(reference: Any, dispatch: Dispatch, name: str, actors: _Actors) -> list[Event]:
+    try:
+        ray.get(reference)
+    except RayActorError as error:
+        actors.replace(name)
+        return dispatch.lose_worker(name, f"{name}: {_first_line(error)}", was_ready=False)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    actors.ready.append(name)
+    return []
+
+
+def _ended(
+    reference: Any, dispatch: Dispatch, name: str, task: ShardTask, actors: _Actors
+) -> list[Event]:
+    shard = task.source.name
     try:
         done = ray.get(reference)
-    except RayTaskError as error:  # it is also of the class of its cause
+    except RayActorError as error:
+        actors.replace(name)
+        return dispatch.lose_worker(name, f"{name}: {_first_line(error)}", was_ready=True)
+    except RayTaskError as error:
         cause = error.cause
+        if isinstance(cause, _DecoderDiedError):
+            return dispatch.lose_shard(name, shard, f"decoding {shard}: {cause}")
         if isinstance(cause, UnreadableShardError):
-            dispatch.take_back(name, task.source.name)
-            return Failed(task, cause)
+            return [Failed(dispatch.take_back(name, shard), cause)]
         if isinstance(cause, UserError):
             raise cause from None
         raise
-    dispatch.take_back(name, task.source.name)
-    return Finished(task, done)
+    return [Finished(dispatch.take_back(name, shard), done)]
 
 
 class _Actors:
-    """The actors of a job, by name; one that dies is replaced under a new name."""
+    """The actors of a job, by name; one that dies is replaced under a new name.
+
+    They ask for no CPUs: those are for the tasks that decode, without which an actor waits.
+
+    Args:
+        spec: of each.
+        num_workers: how many; those that find no room in the cluster are no loss.
+    """
 
     def __init__(self, spec: WorkerSpec, num_workers: int) -> None:
         on_gpu = spec.device.startswith("cuda")
-        resources = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
-        self._build = partial(
-            ray.remote(_Actor).options(max_concurrency=SHARDS_IN_HAND + 1, **resources).remote,
-            # Ray shows an actor the GPU that it gave it alone.
-            replace(spec, device="cuda:0") if on_gpu else spec,
+        # Ray shows an actor the GPU that it gave it alone.
+        self._spec = replace(spec, device="cuda:0") if on_gpu else spec
+        self._build = (
+            ray.remote(_Actor)
+            .options(
+                num_cpus=0,
+                num_gpus=int(on_gpu),
+                max_concurrency=SHARDS_IN_HAND + 1,
+                scheduling_strategy="SPREAD",
+            )
+            .remote
         )
-        self._next = 0
-        self.by_name: dict[str, Any] = {}
+        self.ready: list[str] = []
+        self._actors: dict[str, Any] = {}
+        self._calls: dict[Any, tuple[str, ShardTask | None]] = {}
         self._asked: dict[str, Any] = {}
         self._counted: dict[str, int] = {}
+        self._numbers = itertools.count()
         for _ in range(num_workers):
             self._add()
 
@@ -188,15 +252,29 @@ class _Actors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self.by_name.values():
+        for actor in self._actors.values():
             ray.kill(actor)
+
+    def encode(self, name: str, task: ShardTask) -> None:
+        """Hand over a shard."""
+        self._calls[self._actors[name].encode.remote(task)] = name, task
+
+    def wait(self) -> Iterator[tuple[Any, str, ShardTask | None]]:
+        """A call that has ended, if any does soon: its result, its actor, and its shard.
+
+        None in place of the shard: the actor has loaded its model.
+        """
+        ready, _ = ray.wait(list(self._calls), timeout=_TICK_SEC)
+        for reference in ready:
+            name, task = self._calls.pop(reference)
+            yield reference, name, task
 
     def new_samples(self) -> int:
         """Samples that were read since this was last asked."""
         total = 0
-        for name, actor in self.by_name.items():
+        for name in self.ready:
             if name not in self._asked:
-                self._asked[name] = actor.count_samples.remote()
+                self._asked[name] = self._actors[name].count_samples.remote()
             ready, _ = ray.wait([self._asked[name]], timeout=0)
             if ready:
                 del self._asked[name]
@@ -213,36 +291,13 @@ class _Actors:
         return new
 
     def _add(self) -> None:
-        self.by_name[f"actor {self._next}"] = self._build()
-        self._next += 1
+        name = f"actor {next(self._numbers)}"
+        self._actors[name] = self._build()
+        self._calls[self._actors[name].load.remote(self._spec)] = name, None
 
     def replace(self, name: str) -> None:
-        """Start another in the place of one that died."""
-        del self.by_name[name]
+        """Start another in the place of one that died, and forget what it was asked."""
+        ray.kill(self._actors.pop(name))  # it may be out of reach alone
+        self.ready = [other for other in self.ready if other != name]
+        self._calls = {call: held for call, held in self._calls.items() if held[0] != name}
         self._add()
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """A connection to a cluster; without an address a Ray of our own, for this machine alone."""
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        # The machines of a cluster have the packages that we need, and not us.
-        here = Path(__file__).parent.parent
-        packages = [str(here / name) for name in _PACKAGES]
-        options |= {"address": address, "runtime_env": {"py_modules": packages}}
-    else:
-        # Ray listens on all interfaces unless it is told not to.
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            "--ray-address",
-            f"{address or 'this machine'}: no Ray there ({str(error).strip().splitlines()[0]})",
-            wanted="auto, or host:port of a running cluster (ray start --head)",
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()

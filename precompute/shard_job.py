@@ -9,10 +9,11 @@ and the one before writes. Batches never hold samples of two shards.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from threading import Lock
 from typing import Protocol
@@ -79,6 +80,7 @@ class Tools:
     encoding: Lock = field(default_factory=Lock)
 
 
+@cache
 def library_versions() -> dict[str, str]:
     """Libraries that stored bytes may depend on."""
     names = ("torch", "diffusers", "transformers", "pillow", "simplejpeg", "numpy", "safetensors")
@@ -124,7 +126,8 @@ def encode_shard(
             arrays, stats, absent = *texts[column.column_id], dropped
         else:
             rows = images[column.column_id]
-            arrays, stats, absent = rows.arrays(), rows.stats(), {**dropped, **rows.absent}
+            arrays, stats = rows.arrays(), rows.stats()
+            absent = Counter(dropped) + rows.absent  # they may share a reason
         _commit_column(tools, facts, column, arrays, stats, absent, account)
     if not task.has_ledger:
         with account.stage(WRITE):

@@ -40,14 +40,21 @@ def _describe_column(column: Column) -> Json:
 def _components(column: Column[ImageColumn] | Column[TextColumn]) -> dict[str, float]:
     """Bytes per sample of each array; identical captions are stored once and shared."""
     spec, rows = column.spec, column.num_rows
-    stored, arrays = rows, {name: _bytes_of(*array) for name, array in spec.row_arrays.items()}
-    index = "row"
+    stored, index = [rows], "row"  # how many there are of each group of arrays
     if isinstance(spec, TextColumn):
-        stored = column.stats.get("captions", rows)
-        arrays["input_ids"] = _bytes_of("uint16", (spec.num_tokens,))
-        index = "caption"
-    arrays["checksum"] = 8
-    share = {name: round(size * stored / rows, 1) for name, size in arrays.items()}
+        stored, index = [column.stats.get("captions", rows)], "caption"
+    elif spec.buckets:
+        counts = column.stats["buckets"]
+        stored = [counts[f"{height}x{width}"] for height, width in spec.buckets]
+    total = {
+        name: count * _bytes_of(*array)
+        for count, group in zip(stored, spec.row_groups, strict=True)
+        for name, array in group.items()
+    }
+    if isinstance(spec, TextColumn):
+        total["input_ids"] = stored[0] * _bytes_of("uint16", (spec.num_tokens,))
+    total["checksum"] = sum(stored) * 8
+    share = {name: round(size / rows, 1) for name, size in total.items() if size}
     entries = rows if index == "row" else sum(e["rows_in"] for e in column.shards.values())
     share[index] = round(4 * entries / rows, 1)
     share["index_checksum"] = round(8 * len(column.shards) / rows, 1)

@@ -26,7 +26,7 @@ def decode(data: bytes) -> np.ndarray:
     """Upright pixels, uint8 [H, W, 3]."""
     picture = Picture(data)
     picture.expect_usable()
-    pixels = picture.decode()
+    pixels = picture.decode().upright()
     assert pixels.shape == (picture.height, picture.width, 3)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
