@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from benchmarks.precompute_arms import Stage1
 
 _SMALL_FRAC, _DUPLICATE_FRAC = 0.1, 0.1
+_DEVICE_SPEED = 0.7  # of a paced device: of the images that the CPUs alone can prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,30 @@ class _Bench:
                 found["ours"]["core_seconds"], found["naive"]["core_seconds"], strict=True
             )
         ]
-        return {"arms": found, "ours_over_naive_per_core": spread([1 / ratio for ratio in ratios])}
+        return {
+            "arms": found,
+            "ours_over_naive_per_core": spread([1 / ratio for ratio in ratios]),
+            "paced": self._measure_paced(job, spec, found["ours"]["seconds"]),
+        }
+
+    def _measure_paced(self, job: Stage1, spec: WorkerSpec, cpu_seconds: list[float]) -> Json:
+        """How busy the pipeline keeps a device that is a little slower than the CPUs."""
+        from benchmarks.precompute_arms import PacedImageEncoder, run_ours
+
+        pixels = sum(c.resolution**2 for c in job.images) * self._config.images
+        sec_per_pixel = statistics.median(cpu_seconds) / _DEVICE_SPEED / pixels
+        encoders = []
+
+        def run(out: Path) -> None:
+            factor, channels = job.images[0].downsample_factor, 2 * job.images[0].latent_channels
+            encoders.append(PacedImageEncoder(factor, channels, sec_per_pixel))
+            text = job.tools.text[job.text.part]
+            run_ours(_with_encoders(job, encoders[-1], text), spec, out)
+
+        found = self._run_in_turns({"paced": run}, self._config.blocks, self._config.images)
+        walls = found["paced"]["seconds"]
+        busy = [e.busy_sec / wall for e, wall in zip(encoders[1:], walls, strict=True)]
+        return {"device_over_cpu_speed": _DEVICE_SPEED, "device_busy": spread(busy), **found}
 
     def measure_model(self) -> Json:
         """Seconds of the pipeline, of its stages alone and of the naive arm; FLOPs per row."""
@@ -289,6 +313,8 @@ def print_table(result: dict[str, Any]) -> None:
     print("\nwith encoders that take no time:")
     _print_arms(null["arms"])
     print(f"  ours over naive, per core: {_shown(null['ours_over_naive_per_core'], 'x')}")
+    busy = _shown(null["paced"]["device_busy"])
+    print(f"  a device at {_DEVICE_SPEED:.0%} of the CPUs' speed is busy: {busy} of the time")
     if model := result.get("model"):
         print("\nwith the model's encoders:")
         _print_arms(model["arms"])

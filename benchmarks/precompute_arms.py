@@ -54,6 +54,47 @@ class NullImageEncoder:
         batch, _, height, width = pixel_values.shape
         return torch.zeros(batch, self._channels, height // self._factor, width // self._factor)
 
+    def record_event(self) -> Any:
+        """It is done."""
+        return None
+
+
+@dataclass(frozen=True)
+class _Alarm:
+    """An event of a paced device."""
+
+    at: float
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+
+
+class PacedImageEncoder(NullImageEncoder):
+    """Takes a fixed time for a pixel, in which the CPUs are free: a device of a known speed.
+
+    Args:
+        sec_per_pixel: of an image.
+    """
+
+    def __init__(self, downsample_factor: int, channels: int, sec_per_pixel: float) -> None:
+        super().__init__(downsample_factor, channels)
+        self._sec_per_pixel = sec_per_pixel
+        self._done_at = 0.0
+        self.busy_sec = 0.0
+
+    def launch(self, pixel_values: Tensor) -> Tensor:
+        """Moments [B, 2C, h, w] of zeros, that are there after a while: behind the last ones."""
+        batch, _, height, width = pixel_values.shape
+        seconds = batch * height * width * self._sec_per_pixel
+        self._done_at = max(self._done_at, time.perf_counter()) + seconds
+        self.busy_sec += seconds
+        return super().launch(pixel_values)
+
+    def record_event(self) -> _Alarm:
+        """Goes off when the last batch is done."""
+        return _Alarm(self._done_at)
+
 
 class NullTextEncoder:
     """Real token ids, and states of zeros."""

@@ -54,7 +54,7 @@ def _print_column(column_id: str, entry: Json, manifest: Json, width: int) -> No
     shards, stats = entry["shards"].values(), entry["stats"]
     rows, num_bytes = sum(s["rows"] for s in shards), sum(s["bytes"] for s in shards)
     std = f"{stats['latent_std']:.3f}" if "latent_std" in stats else "-"
-    absent = Counter(entry["absent"]) - Counter(manifest["dropped"])
+    absent: Counter[str] = Counter(entry["absent"]) - Counter(manifest["dropped"])
     notes = [f"{count:,} {reason}" for reason, count in absent.most_common()]
     if lacking := len(manifest["ledger"]) - len(shards):
         notes.append(f"{lacking:,} shards to come")

@@ -56,13 +56,14 @@ def image_columns(
         flip: whether there are flipped columns beside the others.
 
     Raises:
-        UserError: a resolution that the VAE cannot encode, or moments of one that has none.
+        UserError: a resolution or a step that the VAE cannot encode, or moments of one that has
+            none.
     """
     factor = model.downsample_factor
     latents, dtype = _latent_storage(model, storage)
     weights, config = model.weights_sha256("vae"), model.vae_config
-    if bucket_step % factor:
-        wanted = f"a multiple of {factor} (the VAE's factor), such as 64"
+    if bucket_step % factor or bucket_step > min(resolutions):
+        wanted = f"a multiple of {factor} (the VAE's factor) up to the least of --resolutions"
         raise UserError("--bucket-step", f"{bucket_step}", wanted=wanted)
     columns = []
     for resolution, flipped in itertools.product(resolutions, [False, True][: 1 + flip]):

@@ -56,7 +56,8 @@ class PrecomputeConfig:
     engine: Literal["local", "ray"] = "local"
     """local: a process for each device of this machine. ray: actors on a Ray cluster."""
     workers: int = 0
-    """Worker processes; 0: one for each GPU, or one on a machine without."""
+    """Worker processes, or actors on a Ray cluster; 0: one for each GPU of this machine, or one on
+    a machine without."""
     ray_address: str = ""
     """Of the cluster: auto, or host:port; empty starts Ray on this machine alone."""
     batch_size: int = 32

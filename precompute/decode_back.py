@@ -39,17 +39,19 @@ def decode_back(dataset: Dataset, num_samples: int, model: str = "") -> list[Jso
         model: diffusers model folder; default: the one that the column was made with.
 
     Returns:
-        for each image column: `column`, `samples`, `latent_mean` and `latent_std` of the scaled
-        means, `psnr_db` (`median`, `min`) against the source images, or None where these cannot be
-        read, then also `relative_error` of the stored means against a new encoding of the images,
-        and `problem`, empty when there is none.
+        for each image column that has rows: `column`, `samples`, `latent_mean` and `latent_std` of
+        the scaled means, `psnr_db` (`median`, `min`) against the source images, or None where
+        these cannot be read, then also `relative_error` of the stored means against a new encoding
+        of the images, and `problem`, empty when there is none.
 
     Raises:
         UserError: the model cannot be loaded, or the dataset is damaged.
     """
-    columns = [c for c in dataset.columns.values() if isinstance(c.spec, ImageColumn)]
+    images = [c for c in dataset.columns.values() if isinstance(c.spec, ImageColumn)]
+    columns = [c for c in images if c.num_rows]  # all images may be too small for one
     if not columns:
-        raise DatasetError(dataset.path, "no image column", wanted="one to decode")
+        found = f"{len(images)} image columns without a row" if images else "no image column"
+        raise DatasetError(dataset.path, found, wanted="one to decode")
     return [_decode_column(column, num_samples, model) for column in columns]
 
 
@@ -97,10 +99,8 @@ def _choose(column: Column, num_samples: int) -> dict[str, np.ndarray]:
     """Rows by shard, spread evenly over the column."""
     shards = sorted(column.shards)
     ends = np.cumsum([column.shards[shard]["rows"] for shard in shards])
-    total = int(ends[-1]) if len(ends) else 0
+    total = int(ends[-1])
     wanted = np.unique(np.linspace(0, total - 1, min(num_samples, total)).astype(np.int64))
-    if not len(wanted):
-        raise DatasetError(column.dataset / column.column_id, "no rows to decode")
     by_shard = defaultdict(list)
     for number in wanted.tolist():
         index = int(np.searchsorted(ends, number, side="right"))

@@ -119,6 +119,14 @@ class ImageEncoder:
             latents = self._run_compiled(pixel_values)
         return latents.float().contiguous()
 
+    def record_event(self) -> Any:
+        """Something to `synchronize()` with what was launched so far; None where nothing waits."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
     @torch.inference_mode()
     def encode_exactly(self, pixel_values: Tensor) -> Tensor:
         """The same in float32, for what overflowed in half precision."""

@@ -102,10 +102,7 @@ class ImageRows:
         finite = finite_samples(half)
         sums = latent_sums(half, finite, self.spec)
         half_here, finite_here, sums_here = map(_copy_to_host, (half, finite, sums))
-        done = None
-        if half.is_cuda:
-            done = torch.cuda.Event()
-            done.record()
+        done = self._encoder.record_event()
         return _Launched(bucket, rows, pixel_values, half_here, finite_here, sums_here, done)
 
     def _collect(self) -> None:

@@ -85,6 +85,13 @@ def precompute(config: PrecomputeConfig, stop: StopOnSignal | None = None) -> Js
 
 def _choose_devices(config: PrecomputeConfig) -> list[str]:
     """One for each worker of this machine; a Ray cluster has devices of its own."""
+    if config.engine == "ray" and config.ray_address:
+        if config.device == "auto":
+            wanted = "cuda or cpu: what the cluster's machines have cannot be seen from here"
+            raise UserError("--device", "auto, with --ray-address", wanted=wanted)
+        if not config.workers:
+            wanted = "how many actors, such as the number of the cluster's GPUs"
+            raise UserError("--workers", "not given, with --ray-address", wanted=wanted)
     if config.device == "cpu" or (config.engine == "ray" and config.device != "auto"):
         return [config.device] * max(1, config.workers)
     from precompute.loading import find_devices

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
 import signal
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from precompute.engine import Dispatch, Event, Events, Failed, Finished, Progressed
 from precompute.shard_task import ShardTask
 from precompute.worker import Worker
+from precompute.worker_process import work
 from precompute.worker_spec import SHARDS_IN_HAND, WorkerSpec
-from shards.errors import UnreadableShardError, UserError
+from shards.errors import UnreadableShardError
 
 _TICK_SEC = 0.2  # how long an engine is silent at most
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -109,7 +108,7 @@ class _Process:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=_work, args=(spec, theirs), name=f"precompute-{spec.device}", daemon=True
+            target=work, args=(spec, theirs), name=f"precompute-{spec.device}", daemon=True
         )
         with _held_signals():
             self.process.start()
@@ -179,81 +178,7 @@ def _event_of(message: Any, worker: _Process, dispatch: Dispatch) -> Event:
     if kind == "error":
         raise content
     if kind == "bug":
-        raise RuntimeError(f"in {worker.process.name}, shard {shard}:\n{content}")
+        where = f"shard {shard}" if shard else "loading"
+        raise RuntimeError(f"in {worker.process.name}, {where}:\n{content}")
     task = dispatch.take_back(worker, shard)
     return Finished(task, content) if kind == "done" else Failed(task, content)
-
-
-def _work(spec: WorkerSpec, connection: Connection) -> None:
-    """The life of a worker process: shards come in, what became of them goes out."""
-    threading.Thread(target=_die_with_job, name="die-with-job", daemon=True).start()
-    sending = threading.Lock()
-
-    def say(kind: str, shard: str, content: object) -> None:
-        try:
-            with sending:
-                connection.send((kind, shard, content))
-        except OSError:
-            os._exit(0)  # the job is gone; all that was written is whole
-
-    _share_cpus(spec)
-    try:
-        worker = Worker(spec)
-    except UserError as error:
-        say("error", "", error)
-        return
-    say("ready", "", None)
-
-    def encode(task: ShardTask) -> None:
-        shard, counted = task.source.name, _Counted(say)
-        try:
-            done = worker.encode(task, counted)
-            counted.flush()
-            say("done", shard, done)
-        except UnreadableShardError as error:
-            say("unreadable", shard, error)
-        except UserError as error:
-            say("error", shard, error)
-        except Exception:  # the job shows it, and ends
-            say("bug", shard, traceback.format_exc())
-
-    with ThreadPoolExecutor(SHARDS_IN_HAND, thread_name_prefix="shard") as pool:
-        while True:
-            try:
-                task = connection.recv()
-            except (EOFError, OSError):
-                os._exit(0)
-            pool.submit(encode, task)
-
-
-def _die_with_job() -> None:
-    """A worker whose job was killed may load a model for minutes before it listens again."""
-    job = multiprocessing.parent_process()
-    assert job is not None
-    wait([job.sentinel])
-    os._exit(0)
-
-
-class _Counted:
-    """Says how many samples were read, in portions."""
-
-    def __init__(self, say: Any, portion: int = 16) -> None:
-        self._say, self._portion, self._count = say, portion, 0
-
-    def __call__(self, num_samples: int) -> None:
-        self._count += num_samples
-        if self._count >= self._portion:
-            self.flush()
-
-    def flush(self) -> None:
-        """Say what was not said yet."""
-        self._say("samples", "", self._count)
-        self._count = 0
-
-
-def _share_cpus(spec: WorkerSpec) -> None:
-    """Workers on CPUs share them; each would otherwise take them all."""
-    import torch
-
-    if spec.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(spec.decode_workers)

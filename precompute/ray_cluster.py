@@ -20,7 +20,7 @@ from shards.errors import UserError
 _PACKAGES = ("shards", "precompute")
 _REACH_SEC = 10.0  # for a cluster to answer
 # Ray reads these when it is imported.
-_QUIET = {"RAY_BACKEND_LOG_LEVEL": "error", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # What is meant for desktops keeps Ray, all of its processes, on the loopback interface.
 _THIS_MACHINE_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
@@ -92,6 +92,7 @@ def _no_cluster(address: str, why: str) -> UserError:
         "--ray-address",
         f"{address or 'this machine'}: no Ray there ({why})",
         wanted="auto, or host:port of a running cluster (ray start --head)",
+        remedy="RAY_AUTH_MODE=token in the environment where the cluster asks for its token",
     )
 
 

@@ -10,142 +10,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from precompute.decoding import DecodedSample
 from precompute.engine import Dispatch, Event, Events, Failed, Finished, Progressed
-from precompute.shard_job import DecodedSamples
+from precompute.ray_actor import Actor, DecoderDiedError, first_line
 from precompute.shard_task import ShardTask
-from precompute.transform import Crop
-from precompute.worker import Worker, open_decoded_here
-from precompute.worker_spec import SHARDS_IN_HAND, ShardDone, WorkerSpec
-from shards.column import Json
+from precompute.worker_spec import SHARDS_IN_HAND, WorkerSpec
 from shards.errors import UnreadableShardError, UserError
-from shards.source_shard import SourceShard
 
-_CHUNK = 16  # decoded samples per object
-_CHUNKS_AHEAD = 4  # that a decoding task may be in front of its actor
 _TICK_SEC = 1.0
-
-
-class _DecoderDiedError(Exception):
-    """The process, or the machine, of a decoding task is gone."""
-
-
-@dataclass(frozen=True)
-class _End:
-    """What comes behind the last chunk of a shard."""
-
-    source: Json
-    seconds: dict[str, float]
-
-
-def _decode_chunks(
-    spec: WorkerSpec, source: SourceShard, crops: list[Crop]
-) -> Iterator[list[DecodedSample] | _End]:
-    """Read and decode a shard, somewhere in the cluster."""
-    with (
-        ThreadPoolExecutor(spec.decode_workers) as pool,
-        closing(open_decoded_here(spec, pool, source, crops)) as decoded,
-    ):
-        chunk: list[DecodedSample] = []
-        for sample in decoded:
-            chunk.append(sample)
-            if len(chunk) == _CHUNK:
-                yield chunk
-                chunk = []
-        yield chunk
-        yield _End(decoded.source, decoded.seconds)
-
-
-class _RemoteShard:
-    """`DecodedSamples` that a task elsewhere decodes.
-
-    It returns when the first chunk is there. Whoever waits for an encoder so has a task that runs:
-    tasks that wait for the encoder keep their CPUs, and one that has the encoder and waits for a
-    CPU would wait for ever. So Ray must not try a task again either; `Dispatch` does.
-    """
-
-    def __init__(self, spec: WorkerSpec, source: SourceShard, crops: list[Crop]) -> None:
-        task = ray.remote(_decode_chunks).options(
-            num_cpus=spec.decode_workers,
-            num_returns="streaming",
-            max_retries=0,
-            _generator_backpressure_num_objects=_CHUNKS_AHEAD,
-        )
-        self._chunks = task.remote(spec, source, crops)
-        self._end: _End | None = None
-        self._first = self._take()
-
-    def __iter__(self) -> Iterator[DecodedSample]:
-        chunk = self._first
-        while not isinstance(chunk, _End):
-            yield from chunk
-            chunk = self._take()
-        self._end = chunk
-
-    def _take(self) -> list[DecodedSample] | _End:
-        try:
-            chunk: list[DecodedSample] | _End = ray.get(next(self._chunks))
-        except RayTaskError as error:  # it is also of the class of its cause
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
-        except RayError as error:
-            raise _DecoderDiedError(_first_line(error)) from None
-        return chunk
-
-    def close(self) -> None:
-        """End the task; one that is done is left alone."""
-        if self._end is None:
-            ray.cancel(self._chunks)
-
-    @property
-    def source(self) -> Json:
-        """`url`, `bytes` and `sha256` of the shard."""
-        assert self._end is not None
-        return self._end.source
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Of the thread that read."""
-        assert self._end is not None
-        return self._end.seconds
-
-
-class _Actor:
-    """A worker somewhere in the cluster."""
-
-    def __init__(self) -> None:
-        self._worker: Worker | None = None
-        self._num_samples = 0
-
-    def load(self, spec: WorkerSpec) -> None:
-        """Load the model; apart from the beginning of the process, so that its errors arrive."""
-
-        def open_decoded(source: SourceShard, crops: list[Crop]) -> DecodedSamples:
-            return _RemoteShard(spec, source, crops)
-
-        self._worker = Worker(spec, open_decoded)
-
-    def encode(self, task: ShardTask) -> ShardDone:
-        """Write what a shard lacks."""
-        assert self._worker is not None
-        return self._worker.encode(task, self._count)
-
-    def count_samples(self) -> int:
-        """Samples read since it began."""
-        return self._num_samples
-
-    def _count(self, num_samples: int) -> None:
-        self._num_samples += num_samples
 
 
 def run_actors(spec: WorkerSpec, tasks: Sequence[ShardTask], num_workers: int) -> Events:
@@ -156,18 +33,22 @@ def run_actors(spec: WorkerSpec, tasks: Sequence[ShardTask], num_workers: int) -
     """
     # A task that asks for more CPUs than any machine has would wait for ever.
     spec = replace(spec, decode_workers=min(spec.decode_workers, _most_cpus()))
-    dispatch = Dispatch(tasks)
+    dispatch, num_samples = Dispatch(tasks), 0
     with _Actors(spec, min(num_workers, len(tasks))) as actors:
         while not dispatch.is_done:
             for name in actors.ready:
                 for task in dispatch.hand_out(name):
                     actors.encode(name, task)
             yield Progressed(actors.new_samples())
-            for reference, name, task in actors.wait():
-                if task is None:
+            for reference, name, shard in actors.wait():
+                if shard is None:
                     yield from _began(reference, dispatch, name, actors)
-                else:
-                    yield from _ended(reference, dispatch, name, task, actors)
+                    continue
+                for event in _ended(reference, dispatch, name, shard, actors):
+                    num_samples += event.done.num_samples if isinstance(event, Finished) else 0
+                    yield event
+        # What was read since they were last asked.
+        yield Progressed(max(0, num_samples - actors.num_samples))
 
 
 def _most_cpus() -> int:
@@ -176,16 +57,12 @@ def _most_cpus() -> int:
     return max(1, *(int(node["Resources"].get("CPU", 0)) for node in nodes))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _began(reference: Any, dispatch: Dispatch, name: str, actors: _Actors) -> list[Event]:
     try:
         ray.get(reference)
     except RayActorError as error:
         actors.replace(name)
-        return dispatch.lose_worker(name, f"{name}: {_first_line(error)}", was_ready=False)
+        return dispatch.lose_worker(name, f"{name}: {first_line(error)}", was_ready=False)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
@@ -202,10 +79,10 @@ def _ended(
         done = ray.get(reference)
     except RayActorError as error:
         actors.replace(name)
-        return dispatch.lose_worker(name, f"{name}: {_first_line(error)}", was_ready=True)
+        return dispatch.lose_worker(name, f"{name}: {first_line(error)}", was_ready=True)
     except RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, _DecoderDiedError):
+        if isinstance(cause, DecoderDiedError):
             return dispatch.lose_shard(name, shard, f"decoding {shard}: {cause}")
         if isinstance(cause, UnreadableShardError):
             return [Failed(dispatch.take_back(name, shard), cause)]
@@ -230,7 +107,7 @@ class _Actors:
         # Ray shows an actor the GPU that it gave it alone.
         self._spec = replace(spec, device="cuda:0") if on_gpu else spec
         self._build = (
-            ray.remote(_Actor)
+            ray.remote(Actor)
             .options(
                 num_cpus=0,
                 num_gpus=int(on_gpu),
@@ -245,6 +122,7 @@ class _Actors:
         self._asked: dict[str, Any] = {}
         self._counted: dict[str, int] = {}
         self._numbers = itertools.count()
+        self.num_samples = 0  # of which `new_samples` has told
         for _ in range(num_workers):
             self._add()
 
@@ -279,6 +157,7 @@ class _Actors:
             if ready:
                 del self._asked[name]
                 total += self._newly(name, ready[0])
+        self.num_samples += total
         return total
 
     def _newly(self, name: str, answer: Any) -> int:

@@ -18,7 +18,8 @@ from shards.column import ImageColumn, Json
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while that leaves the shortest side this many
 # times as long as it is resized to, and this many pixels: so all resolutions up to 512 share one
-# decode. The crop is at least 45 dB (PSNR) close to that of the whole image; a test holds it.
+# decode. Against the whole image's crop that of a photo has a PSNR of 45 dB or more (measured: 49
+# to 62), that of random black and white pixels, the worst case, 30; tests hold both.
 _REDUCED_TIMES, _REDUCED_SIDE = 2, 1024
 _DIVISORS = (8, 4, 2)
 _MAX_BUCKET_RATIO = 2.0

@@ -224,7 +224,8 @@ def run_export(args: argparse.Namespace) -> int:
     dataset = Dataset(args.dataset, bounded_cache(args.cache_dir, args.cache_gib))
     resolutions = dataset.resolutions()
     if not args.resolution and len(resolutions) != 1:
-        raise DatasetError(dataset.path, f"resolutions {resolutions}", remedy="--resolution")
+        found = f"resolutions {resolutions} of plain squares"
+        raise DatasetError(dataset.path, found, wanted="one", remedy="--resolution")
     image = dataset.image_column(args.resolution or resolutions[0], args.image_column)
     text = dataset.text_column(args.text_column)
     with tqdm(total=image.num_rows, unit="row", disable=_quiet(args), dynamic_ncols=True) as bar:

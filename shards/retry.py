@@ -25,6 +25,7 @@ _PERMANENT_ERRNOS = {
 }
 # Clients of object stores raise types of their own, which are no OSError.
 _NETWORK_LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "requests", "urllib3"}
+_PASSING_STATUSES = (408, 425, 429)  # too slow, too early, too many requests
 _PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError"}
 
 
@@ -88,6 +89,9 @@ def _is_of_storage(error: Exception) -> bool:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, PermissionError):
         return False  # some clients give it no errno
+    status = getattr(error, "status", None)  # of a web server's answer
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in _PASSING_STATUSES
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_ERRNOS
     return type(error).__name__ not in _PERMANENT_NAMES

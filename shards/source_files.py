@@ -63,7 +63,7 @@ def match_files(glob: str) -> dict[str, int | None]:
 
 
 def sizes_of(urls: list[str]) -> dict[str, int | None]:
-    """Lengths of those files that exist, None where a server does not say it.
+    """Lengths of those files that exist, None where a server does not say it, or not now.
 
     Folders on object stores are listed: 40,000 names must not cost 40,000 requests in a row.
     """
@@ -78,11 +78,28 @@ def sizes_of(urls: list[str]) -> dict[str, int | None]:
             one_by_one += wanted
         else:
             sizes |= {u: listed[n] for u in wanted if (n := u.rpartition("/")[2]) in listed}
+    return sizes | _look_up(one_by_one)
+
+
+def _look_up(urls: list[str]) -> dict[str, int | None]:
+    """Lengths of files, one by one.
+
+    What cannot be looked up while other files can is left to the reading: it costs that shard.
+    """
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for url, found in zip(one_by_one, pool.map(_size, one_by_one), strict=True):
-            if found is not None:
-                sizes[url] = found[0]
-    return sizes
+        found = dict(zip(urls, pool.map(_size_or_error, urls), strict=True))
+    errors = [size for size in found.values() if isinstance(size, StorageError)]
+    if errors and len(errors) == len(found):
+        raise errors[0]
+    known = {url: size for url, size in found.items() if size is not None}
+    return {url: None if isinstance(size, StorageError) else size[0] for url, size in known.items()}
+
+
+def _size_or_error(url: str) -> tuple[int | None] | StorageError | None:
+    try:
+        return _size(url)
+    except StorageError as error:
+        return error
 
 
 def _list(folder: str) -> dict[str, int] | None:

@@ -12,13 +12,14 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from shards.column import Json
 from shards.image_sample import IMAGE_SUFFIXES, BrokenShardError, ImageSample
 
 Data = TypeVar("Data")
-Member = tuple[str, str, Data]  # key, suffix, what it holds
+Member = tuple[str, str, Callable[[], Data]]  # key, suffix, what reads what it holds
 Group = tuple[str, dict[str, Data], str]  # key, what it holds by suffix, problem
 
 # What reading raises for damaged bytes; a disk that fails raises other `OSError`s.
@@ -99,11 +100,11 @@ class StrictTarInfo(tarfile.TarInfo):
 def iter_members(
     tar: tarfile.TarFile, data_of: Callable[[tarfile.TarFile, tarfile.TarInfo], Data]
 ) -> Iterator[Member[Data]]:
-    """Key, suffix and `data_of` each file of a tar."""
+    """Key and suffix of each file of a tar, and what calls `data_of` it."""
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # it would remember every member
         if _belongs_to_sample(member):
-            yield *split_name(member.name), data_of(tar, member)
+            yield *split_name(member.name), partial(data_of, tar, member)
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -147,8 +148,8 @@ def group_members(members: Iterable[Member[Data]]) -> Iterator[Group[Data]]:
     current: str | None = None
     parts: dict[str, Data] = {}
     problem = ""
-    for key, suffix, data in members:
-        if key != current:
+    for key, suffix, read in members:
+        if key != current:  # the sample before is whole, whatever becomes of this member
             if current is not None:
                 yield current, parts, problem
             current, parts = key, {}
@@ -156,7 +157,7 @@ def group_members(members: Iterable[Member[Data]]) -> Iterator[Group[Data]]:
             seen.add(key)
         if suffix in parts:
             problem = problem or "repeated_member"
-        parts[suffix] = data
+        parts[suffix] = read()
     if current is not None:
         yield current, parts, problem
 

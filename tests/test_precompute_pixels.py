@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import image_bytes, smooth_image
-from PIL import Image, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 import precompute.pixels
 from precompute.pixels import Picture, UnusableImageError
@@ -211,3 +211,160 @@ def test_a_large_picture_within_the_limit_is_not_refused_for_its_size(monkeypatc
     assert precompute.pixels.MAX_PIXELS >= 100_000_000
     with pytest.raises(UnusableImageError, match="broken_image"):  # it has no pixels, but may
         decode(png_that_claims(10_000, 10_000))
+
+
+# By libjpeg-turbo, held to PIL's own decoder.
+
+
+def by_pil(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def with_orientation(orientation: int) -> dict[str, Any]:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "progressive 4:4:4": {"progressive": True, "subsampling": 0},
+    "optimized": {"optimize": True, "quality": 30},
+    "best": {"quality": 100, "subsampling": 0},
+    "restarts by blocks": {"restart_marker_blocks": 3},
+    "restarts by rows": {"restart_marker_rows": 1, "progressive": True},
+    "RGB": {"keep_rgb": True},
+    "streamtype": {"streamtype": 0},
+}
+JPEGS |= {f"orientation {n}": with_orientation(n) for n in range(10)}
+JPEGS |= {f"orientation {n}, 4:2:0": with_orientation(n) | {"subsampling": 2} for n in (3, 6, 8)}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=list(JPEGS))
+@pytest.mark.parametrize(
+    "size", [(1, 1), (2, 1), (15, 16), (17, 33), (64, 48), (201, 135)], ids=str
+)
+def test_a_jpeg_is_decoded_as_pil_decodes_it(options, size):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for image in (picture(*size), Image.fromarray(noise)):
+        data = image_bytes(image, "JPEG", **options)
+        assert np.array_equal(decode(data), by_pil(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_jpegs_of_other_colours_are_decoded_as_pil_decodes_them(mode, orientation):
+    data = image_bytes(picture().convert(mode), "JPEG", **with_orientation(orientation))
+    assert np.array_equal(decode(data), by_pil(data))
+
+
+@pytest.mark.parametrize(("components", "transform"), [(3, 0), (3, 1), (4, 0), (4, 2)])
+def test_adobes_marker_says_what_the_components_are(components, transform):
+    """RGB, YCbCr, CMYK and YCCK; PIL writes only some of them, so the marker is put in."""
+    mode = "RGB" if components == 3 else "CMYK"
+    data = image_bytes(picture().convert(mode), "JPEG", subsampling=0)
+    marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+    start = data.find(b"\xff\xee")  # PIL's own, of CMYK
+    if start >= 0:
+        data = data[:start] + data[start + 16 :]
+    jfif = data[:2] + marker + (data[20:] if data[6:10] == b"JFIF" else data[2:])
+    assert Image.open(io.BytesIO(jfif)).info["adobe_transform"] == transform
+    assert np.array_equal(decode(jfif), by_pil(jfif))
+
+
+@pytest.mark.parametrize("garbage", [b"\0", b"\xff\xd8\xff", b"<html>" * 999, b"\xff\xd9" * 3])
+def test_garbage_behind_a_jpeg_costs_nothing(garbage):
+    data = image_bytes(picture(), "JPEG")
+    assert np.array_equal(decode(data + garbage), by_pil(data))
+
+
+def test_of_an_mpo_the_first_picture_counts():
+    second = Image.new("RGB", (40, 30), "blue")
+    data = image_bytes(picture(), "MPO", save_all=True, append_images=[second])
+    image = Image.open(io.BytesIO(data))
+    assert (image.format, image.n_frames) == ("MPO", 2)  # type: ignore[attr-defined]
+    assert np.array_equal(decode(data), by_pil(data))
+    assert np.abs(decoded(data) - np.asarray(picture())).mean() < 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_tiff_is_turned_once(orientation, compression):
+    stored = image_bytes(picture(), "TIFF", compression=compression, tiffinfo={0x0112: orientation})
+    png = image_bytes(picture(), "PNG", **with_orientation(orientation))
+    assert np.array_equal(decode(stored), decode(png))
+
+
+def test_the_end_of_a_jpeg_may_be_missing_if_no_pixel_is():
+    data = image_bytes(picture(), "JPEG")
+    assert data.endswith(b"\xff\xd9")
+    assert np.array_equal(decode(data[:-2] + b"\xff\xd9"), by_pil(data))
+    with pytest.raises(UnusableImageError, match="broken_image"):
+        decode(data[: -len(data) // 3])
+
+
+@pytest.mark.parametrize("divisor", [2, 4, 8])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 7])
+def test_a_reduced_decode_says_how_much_of_it_is_the_picture(divisor, orientation):
+    for width, height in [(160, 96), (161, 97), (167, 103), (1, 9), (8, 8)]:
+        data = image_bytes(picture(width, height), "JPEG", **with_orientation(orientation))
+        pixels = Picture(data).decode(divisor)
+        assert pixels.stored.shape == (-(-height // divisor), -(-width // divisor), 3)
+        assert (pixels.height, pixels.width) == (height / divisor, width / divisor)
+        sides = pixels.upright().shape[:2]
+        assert sides == pixels.stored.shape[:2][:: -1 if pixels.is_sideways else 1]
+
+
+@pytest.mark.parametrize("file_format", [name for name in FORMATS if name != "JPEG"])
+def test_only_jpegs_are_reduced(file_format):
+    data = image_bytes(picture(160, 96), file_format)
+    pixels = Picture(data).decode(8)
+    assert pixels.divisor == 1
+    assert np.array_equal(pixels.upright(), decode(data))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_damage_in_a_jpeg_gives_a_reason_or_pixels_of_the_stated_size_at_any_scale(options):
+    rng = np.random.default_rng(0)
+    whole = image_bytes(picture(161, 97), "JPEG", **with_orientation(6), **options)
+    outcomes = set()
+    for number in range(300):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data) if number % 2 else 700, rng.integers(1, 6)):
+            data[place % len(data)] = rng.choice([0, 255, rng.integers(0, 256)])
+        for divisor in (1, 8):
+            try:
+                found = Picture(bytes(data))
+                pixels = found.decode(divisor)
+            except UnusableImageError as error:
+                outcomes.add(error.reason)
+                continue
+            outcomes.add("ok")
+            assert pixels.divisor in (1, divisor)
+            stored = (-(-side // pixels.divisor) for side in (found.height, found.width))
+            assert pixels.upright().shape == (*stored, 3)
+    assert {"ok", "broken_image"} <= outcomes
+
+
+def test_a_png_of_too_many_pixels_is_refused_before_its_exif_is_looked_for(monkeypatch):
+    """Its EXIF may be behind its pixels: PIL unpacks all of them to find it."""
+    monkeypatch.setattr(precompute.pixels, "MAX_PIXELS", 1000)
+    data = image_bytes(picture(40, 30), "PNG", **with_orientation(6))
+    with monkeypatch.context() as patch:
+        patch.setattr(PngImagePlugin.PngImageFile, "load", lambda _: pytest.fail("was unpacked"))
+        with pytest.raises(UnusableImageError, match="too_many_pixels"):
+            Picture(data)
+
+
+@pytest.mark.parametrize(("size", "usable"), [((20, 1), True), ((21, 1), False), ((2, 41), False)])
+def test_banners_and_rulers_are_refused(size, usable):
+    found = Picture(image_bytes(Image.new("RGB", size)))
+    if usable:
+        found.expect_usable()
+    else:
+        with pytest.raises(UnusableImageError, match="absurd_aspect_ratio"):
+            found.expect_usable()

@@ -160,6 +160,17 @@ def test_a_server_that_is_not_there_is_an_error_and_no_gap(web):
         find_shards(f"{web.url}/{{00000..00001}}.tar")
 
 
+def test_one_server_of_two_that_is_not_there_costs_its_own_shards_alone(web):
+    web.files["/00000.tar"] = b"x"
+    gone = Web()
+    gone.stop()
+    shards, gaps = find_shards(f"{web.url}/00000.tar {gone.url}/00001.tar")
+    assert [(shard.name, shard.num_bytes) for shard in shards] == [("00000", 1), ("00001", None)]
+    assert gaps == []
+    with pytest.raises(UnreadableShardError, match=r"00001\.tar"):
+        list(ShardStream(shards[1]))
+
+
 def test_a_signed_address_names_its_shard_without_the_query(web, tmp_path):
     web.files["/b/00000.tar.gz"] = gzip.compress(tar_bytes(tmp_path, *"ab"))
     signature = "?sig=a/b.parquet&x=" + "%2F[1]" * 300
