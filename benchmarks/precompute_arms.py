@@ -278,5 +278,6 @@ def no_tools(batch_size: int) -> Tools:
         wanted=Filter(""),
         caption_field="",
         batch_size=batch_size,
+        decode_workers=1,
         open_decoded=not_open,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from precompute.time_account import DECODE, READ, TRANSFORM, WRITE
+from precompute.time_account import DECODE, READ, WRITE, bottleneck, loads
 
 _REMEDIES = {
     READ: "a faster source, or more --workers",
@@ -17,9 +17,6 @@ _REMEDIES = {
 
 class JobAccount:
     """Busy seconds by stage over all workers, against what each stage could have been busy.
-
-    Stages overlap: reading, decoding with its transforms, encoding and writing have resources of
-    their own, so the stage that was busy for the largest share is the one that all wait for.
 
     Args:
         num_workers: over all machines.
@@ -48,22 +45,13 @@ class JobAccount:
 
     def busy(self) -> dict[str, float]:
         """Share of its capacity that each of the four kinds of stages was busy."""
-        spent = {
-            READ: self._spent(READ),
-            DECODE: (self._spent(DECODE) + self._spent(TRANSFORM)) / self._decode_workers,
-            "encode": sum(s for name, s in self.seconds.items() if name.startswith("encode ")),
-            WRITE: self._spent(WRITE),
-        }
         capacity_sec = max(self.wall_sec, 1e-9) * self._num_workers
+        spent = loads(self.seconds, self._decode_workers)
         return {name: sec / capacity_sec for name, sec in spent.items()}
-
-    def _spent(self, stage: str) -> float:
-        return self.seconds.get(stage, 0.0)
 
     def bottleneck(self) -> str:
         """The stage that was busy for the largest share."""
-        busy = self.busy()
-        return max(busy, key=lambda name: busy[name])
+        return bottleneck(self.seconds, self._decode_workers)
 
     def summary(self, num_samples: int) -> str:
         """Two lines for people."""

@@ -25,7 +25,7 @@ from precompute.image_rows import ImageRows
 from precompute.shard_task import ShardTask
 from precompute.text_encoder import TextEncoder
 from precompute.text_rows import encode_captions, encode_null
-from precompute.time_account import WRITE, TimeAccount
+from precompute.time_account import WRITE, TimeAccount, bottleneck
 from precompute.transform import Crop
 from shards.arrays import Arrays, save_arrays
 from shards.column import ColumnSpec, ImageColumn, Json, TextColumn
@@ -66,6 +66,7 @@ class Tools:
         text: by `TextColumn.part`.
         open_decoded: starts decoding a shard, here or elsewhere.
         batch_size: images per call of the encoder.
+        decode_workers: threads behind `open_decoded`.
         encoding: one shard at a time has the encoders.
     """
 
@@ -76,6 +77,7 @@ class Tools:
     wanted: Filter
     caption_field: str
     batch_size: int
+    decode_workers: int
     open_decoded: OpenDecoded
     encoding: Lock = field(default_factory=Lock)
 
@@ -239,7 +241,8 @@ def _commit_column(
     path = column_path(tools.dataset, column.column_id, facts["shard"])
     index = arrays[column.index_array]
     num_rows = int((index >= 0).sum())
-    seconds = account.of_column(column)
+    seconds: Json = account.of_column(column)
+    seconds["bottleneck"] = bottleneck(account.seconds, tools.decode_workers)
     start = time.perf_counter()
 
     def receipt_of(written: Json) -> Receipt:

@@ -10,9 +10,33 @@ from contextlib import contextmanager
 from shards.column import ColumnSpec
 
 READ, DECODE, TRANSFORM, WRITE = "read", "decode", "transform", "write"
-# Stages that run at the same time, each on resources of its own: what the job waits for is the
-# one that was busy for the largest share of its capacity.
-_IN_THREADS = (DECODE, TRANSFORM)
+_ENCODE = "encode"
+
+
+def loads(seconds: Mapping[str, float], decode_workers: int) -> dict[str, float]:
+    """Seconds that each of the four kinds of stages needs, with all that it has to itself.
+
+    Reading, decoding with its transforms, encoding and writing run at the same time, so the
+    largest of these is the one that all wait for.
+
+    Args:
+        seconds: busy, by stage.
+        decode_workers: threads that share the decoding.
+    """
+    encode = sum(spent for name, spent in seconds.items() if name.startswith(f"{_ENCODE} "))
+    decode = seconds.get(DECODE, 0.0) + seconds.get(TRANSFORM, 0.0)
+    return {
+        READ: seconds.get(READ, 0.0),
+        DECODE: decode / decode_workers,
+        _ENCODE: encode,
+        WRITE: seconds.get(WRITE, 0.0),
+    }
+
+
+def bottleneck(seconds: Mapping[str, float], decode_workers: int) -> str:
+    """The stage that the others wait for."""
+    found = loads(seconds, decode_workers)
+    return max(found, key=lambda name: found[name])
 
 
 class TimeAccount:
@@ -37,11 +61,11 @@ class TimeAccount:
 
     def of_column(self, column: ColumnSpec) -> dict[str, float]:
         """What one column cost: its own encoding, and what all columns of the shard share."""
-        shared = {name: self.seconds.get(name, 0.0) for name in (READ, *_IN_THREADS)}
-        own = {"encode": self.seconds.get(encode_stage(column), 0.0)}
+        shared = {name: self.seconds.get(name, 0.0) for name in (READ, DECODE, TRANSFORM)}
+        own = {_ENCODE: self.seconds.get(encode_stage(column), 0.0)}
         return {name: round(spent, 3) for name, spent in {**shared, **own}.items()}
 
 
 def encode_stage(column: ColumnSpec) -> str:
     """`encode moments-256`."""
-    return f"encode {column.name}"
+    return f"{_ENCODE} {column.name}"

@@ -106,5 +106,6 @@ def _load_tools(spec: WorkerSpec, open_decoded: OpenDecoded) -> Tools:
         wanted=Filter(spec.wanted),
         caption_field=spec.caption_field,
         batch_size=spec.batch_size,
+        decode_workers=spec.decode_workers,
         open_decoded=open_decoded,
     )

@@ -53,7 +53,8 @@ class Receipt:
             `relative_error` of what is stored; text columns: `captions`, the distinct ones.
         model: where the encoder was loaded from; for people, no part of the fingerprint.
         versions: of the libraries that the bytes may depend on.
-        timings: seconds by stage; the only part that differs between two equal runs.
+        timings: seconds by stage, and the `bottleneck`, the stage that the shard's others waited
+            for; the only part that differs between two equal runs.
     """
 
     shard: str
@@ -67,7 +68,7 @@ class Receipt:
     stats: Json = field(default_factory=dict)
     model: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: Json = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         total = self.rows + sum(self.absent.values())

@@ -157,7 +157,8 @@ def _problems_of(file: _File, ledgers: dict[str, Receipt], *, full: bool) -> Ite
         return
     if shard != NULL:
         if shard not in ledgers:
-            yield Problem(file.path, f"the ledger has no intact receipt for shard {shard}")
+            text = f"the ledger has no intact receipt for shard {shard}"
+            yield Problem(file.path, f"{text}: not finished; the same precompute makes it whole")
         elif ledgers[shard].rows_in != receipt.rows_in:
             found = f"accounts for {receipt.rows_in} rows; ledger has {ledgers[shard].rows_in}"
             yield file.problem(found)
