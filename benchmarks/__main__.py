@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import loader, online_offline, order, precompute
+from benchmarks import loader, online_offline, order, stage_one
 from benchmarks.result import publish
 from shards.errors import reported
 
@@ -36,10 +36,7 @@ _COMMANDS = {
     "loader": _Command(loader.LoaderConfig, loader.measure, loader.print_table, loader.__doc__),
     "order": _Command(order.OrderConfig, order.measure, order.print_table, order.__doc__),
     "precompute": _Command(
-        precompute.PrecomputeBenchConfig,
-        precompute.measure,
-        precompute.print_table,
-        precompute.__doc__,
+        stage_one.StageOneConfig, stage_one.measure, stage_one.print_table, stage_one.__doc__
     ),
 }
 

@@ -62,7 +62,7 @@ def image_columns(
     factor = model.downsample_factor
     latents, dtype = _latent_storage(model, storage)
     weights, config = model.weights_sha256("vae"), model.vae_config
-    if bucket_step % factor or bucket_step > min(resolutions):
+    if bucket_step and (bucket_step % factor or bucket_step > min(resolutions)):
         wanted = f"a multiple of {factor} (the VAE's factor) up to the least of --resolutions"
         raise UserError("--bucket-step", f"{bucket_step}", wanted=wanted)
     columns = []

@@ -242,6 +242,7 @@ def _commit_column(
     index = arrays[column.index_array]
     num_rows = int((index >= 0).sum())
     seconds: Json = account.of_column(column)
+    seconds["decode_workers"] = tools.decode_workers
     seconds["bottleneck"] = bottleneck(account.seconds, tools.decode_workers)
     start = time.perf_counter()
 

@@ -53,8 +53,8 @@ class Receipt:
             `relative_error` of what is stored; text columns: `captions`, the distinct ones.
         model: where the encoder was loaded from; for people, no part of the fingerprint.
         versions: of the libraries that the bytes may depend on.
-        timings: seconds by stage, and the `bottleneck`, the stage that the shard's others waited
-            for; the only part that differs between two equal runs.
+        timings: seconds by stage, `decode_workers` and the `bottleneck`, the stage that the others
+            waited for; the only part that differs between two equal runs.
     """
 
     shard: str

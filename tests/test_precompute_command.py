@@ -78,7 +78,7 @@ def test_the_time_account_names_every_stage_and_the_bottleneck(run, tmp_path, ca
     assert busy[slowest] == max(busy.values())
     receipt = read_receipt(next((tmp_path / "out").glob("moments-32-*/00000.json")))
     stages = {"read", "decode", "transform", "encode", "write"}
-    assert receipt.timings.keys() == {*stages, "bottleneck"}
+    assert receipt.timings.keys() == {*stages, "decode_workers", "bottleneck"}
     assert receipt.timings["bottleneck"] in stages
 
 

@@ -109,7 +109,7 @@ class NullTextEncoder:
 
 
 @dataclass(frozen=True)
-class Stage1:
+class StageOne:
     """One and the same job for every arm.
 
     Args:
@@ -133,7 +133,7 @@ class Stage1:
         return next(column for column in self.columns if isinstance(column, TextColumn))
 
 
-def run_ours(job: Stage1, spec: WorkerSpec, out: Path) -> dict[str, float]:
+def run_ours(job: StageOne, spec: WorkerSpec, out: Path) -> dict[str, float]:
     """The pipeline, as `run_here` runs it; busy seconds by stage."""
     total = TimeAccount()
     with _decoding(spec) as decode_pool, ThreadPoolExecutor(SHARDS_IN_HAND) as shards:
@@ -146,7 +146,7 @@ def run_ours(job: Stage1, spec: WorkerSpec, out: Path) -> dict[str, float]:
     return total.seconds
 
 
-def run_naive(job: Stage1, out: Path, batch_size: int) -> int:
+def run_naive(job: StageOne, out: Path, batch_size: int) -> int:
     """One thing after another: PIL, a decode for each resolution, encode, write.
 
     As published trainers prepare their data, at our batch size instead of 1: all images at all
@@ -213,7 +213,7 @@ def _naive_pixel_values(data: bytes, resolution: int) -> tuple[Tensor, bool]:
     return values.contiguous(), shortest >= resolution
 
 
-def stages_alone(job: Stage1, spec: WorkerSpec, out: Path) -> dict[str, float]:
+def stages_alone(job: StageOne, spec: WorkerSpec, out: Path) -> dict[str, float]:
     """Seconds that each stage of ours takes when nothing else runs."""
     crops = [Crop.of_column(column) for column in job.images]
     seconds = {"read": _timed(lambda: [list(ShardStream(s)) for s in job.sources])[0]}
@@ -233,7 +233,7 @@ def _decoding(spec: WorkerSpec) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(spec.decode_workers, thread_name_prefix="decode")
 
 
-def _decode_all(job: Stage1, spec: WorkerSpec, crops: list[Crop]) -> list[list[DecodedSample]]:
+def _decode_all(job: StageOne, spec: WorkerSpec, crops: list[Crop]) -> list[list[DecodedSample]]:
     found = []
     with _decoding(spec) as pool:
         for source in job.sources:
@@ -242,7 +242,7 @@ def _decode_all(job: Stage1, spec: WorkerSpec, crops: list[Crop]) -> list[list[D
     return found
 
 
-def _encode(job: Stage1, decoded: list[DecodedSample]) -> list[Arrays]:
+def _encode(job: StageOne, decoded: list[DecodedSample]) -> list[Arrays]:
     account, tools = TimeAccount(), job.tools
     assert tools.image is not None
     rows = [ImageRows(column, tools.image, tools.batch_size, account) for column in job.images]

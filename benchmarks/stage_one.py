@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.flops import text_flops, vae_flops
-from benchmarks.precompute_data import write_image_shards
 from benchmarks.random_model import RANDOM_SD2, write_random_sd2
 from benchmarks.result import environment, spread
+from benchmarks.stage_one_data import write_image_shards
 from precompute.columns import image_columns, text_columns
 from precompute.model_folder import ModelFolder, find_model
 from precompute.worker_spec import WorkerSpec
@@ -30,14 +30,14 @@ from shards.errors import UserError
 from shards.find_shards import find_shards
 
 if TYPE_CHECKING:
-    from benchmarks.precompute_arms import Stage1
+    from benchmarks.stage_one_arms import StageOne
 
 _SMALL_FRAC, _DUPLICATE_FRAC = 0.1, 0.1
 _DEVICE_SPEED = 0.7  # of a paced device: of the images that the CPUs alone can prepare
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeBenchConfig:
+class StageOneConfig:
     """Measure stage 1 against a naive one, and against its own stages."""
 
     images: int = 320
@@ -70,7 +70,7 @@ class PrecomputeBenchConfig:
     """Also write the result to this file."""
 
 
-def measure(config: PrecomputeBenchConfig) -> dict[str, Any]:
+def measure(config: StageOneConfig) -> dict[str, Any]:
     """Run all arms and return the result document.
 
     Raises:
@@ -92,9 +92,7 @@ def measure(config: PrecomputeBenchConfig) -> dict[str, Any]:
 class _Bench:
     """The two measurements over one folder."""
 
-    def __init__(
-        self, config: PrecomputeBenchConfig, scratch: Path, sizes: tuple[float, ...]
-    ) -> None:
+    def __init__(self, config: StageOneConfig, scratch: Path, sizes: tuple[float, ...]) -> None:
         self._config, self._scratch, self._sizes = config, scratch, sizes
         self._model = _find_model(config.model, scratch)
         self._runs = 0
@@ -103,7 +101,7 @@ class _Bench:
         """Images per second of one core, of each arm, with encoders that take no time."""
         import torch
 
-        from benchmarks.precompute_arms import (
+        from benchmarks.stage_one_arms import (
             NullImageEncoder,
             NullTextEncoder,
             run_naive,
@@ -137,9 +135,9 @@ class _Bench:
             "paced": self._measure_paced(job, spec, found["ours"]["seconds"]),
         }
 
-    def _measure_paced(self, job: Stage1, spec: WorkerSpec, cpu_seconds: list[float]) -> Json:
+    def _measure_paced(self, job: StageOne, spec: WorkerSpec, cpu_seconds: list[float]) -> Json:
         """How busy the pipeline keeps a device that is a little slower than the CPUs."""
-        from benchmarks.precompute_arms import PacedImageEncoder, run_ours
+        from benchmarks.stage_one_arms import PacedImageEncoder, run_ours
 
         pixels = sum(c.resolution**2 for c in job.images) * self._config.images
         sec_per_pixel = statistics.median(cpu_seconds) / _DEVICE_SPEED / pixels
@@ -160,7 +158,7 @@ class _Bench:
         """Seconds of the pipeline, of its stages alone and of the naive arm; FLOPs per row."""
         import torch
 
-        from benchmarks.precompute_arms import run_naive, run_ours, stages_alone
+        from benchmarks.stage_one_arms import run_naive, run_ours, stages_alone
         from precompute.image_encoder import ImageEncoder
         from precompute.loading import choose_device
         from precompute.text_encoder import TextEncoder
@@ -203,7 +201,7 @@ class _Bench:
             "flops": self._flops(job, wasted),
         }
 
-    def _flops(self, job: Stage1, wasted: int) -> Json:
+    def _flops(self, job: StageOne, wasted: int) -> Json:
         """FLOPs of the encoders, of both arms, per row that is stored."""
         per_image = {c.resolution: vae_flops(self._model, c.resolution) for c in job.images}
         per_caption = text_flops(self._model, job.text)
@@ -221,8 +219,8 @@ class _Bench:
             "captions": captions,
         }
 
-    def _job(self, num_images: int, dtype: str) -> Stage1:
-        from benchmarks.precompute_arms import Stage1, no_tools
+    def _job(self, num_images: int, dtype: str) -> StageOne:
+        from benchmarks.stage_one_arms import StageOne, no_tools
 
         images = write_image_shards(
             self._scratch / f"images-{num_images}",
@@ -238,7 +236,7 @@ class _Bench:
             *text_columns(self._model, dtype)[:1],
         ]
         sources, _ = find_shards(" ".join(map(str, images)))
-        return Stage1(sources, columns, no_tools(self._config.batch_size))
+        return StageOne(sources, columns, no_tools(self._config.batch_size))
 
     def _spec(
         self, columns: list[ColumnSpec], device: str, dtype: str, decode_workers: int
@@ -295,12 +293,12 @@ def _find_model(name: str, scratch: Path) -> ModelFolder:
     return find_model(name)
 
 
-def _with_encoders(job: Stage1, image: Any, text: Any) -> Stage1:
+def _with_encoders(job: StageOne, image: Any, text: Any) -> StageOne:
     tools = replace(job.tools, image=image, text={job.text.part: text})
     return replace(job, tools=tools)
 
 
-def _distinct_captions(job: Stage1) -> int:
+def _distinct_captions(job: StageOne) -> int:
     """Over all shards, each shard by itself."""
     from shards.image_shards import ShardStream
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import TINY_MODEL, run_python
 
-from benchmarks.precompute import PrecomputeBenchConfig, _Bench, _with_encoders, measure
-from benchmarks.precompute_arms import NullImageEncoder, Stage1, run_naive, run_ours, stages_alone
-from benchmarks.precompute_data import write_image_shards
+from benchmarks.stage_one import StageOneConfig, _Bench, _with_encoders, measure
+from benchmarks.stage_one_arms import NullImageEncoder, StageOne, run_naive, run_ours, stages_alone
+from benchmarks.stage_one_data import write_image_shards
 from precompute.image_encoder import ImageEncoder
 from precompute.text_encoder import TextEncoder
 from shards.arrays import map_arrays
@@ -23,7 +23,7 @@ from shards.manifest import write_manifest
 from shards.source_shard import SourceShard
 from shards.verify import iter_problems
 
-SHORT = PrecomputeBenchConfig(
+SHORT = StageOneConfig(
     images=12,
     model_images=12,
     megapixels="0.1,0.3",
@@ -43,7 +43,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> _Bench:
 
 
 @pytest.fixture(scope="module")
-def job(bench: _Bench) -> Stage1:
+def job(bench: _Bench) -> StageOne:
     cpu, model = torch.device("cpu"), bench._model
     job = bench._job(12, "float32")
     image = ImageEncoder(model, cpu, torch.float32)
@@ -120,4 +120,4 @@ def test_the_command_ends_with_one_json_document(tmp_path):
 @pytest.mark.parametrize("changed", [{"images": 0}, {"megapixels": "0"}, {"blocks": 0}])
 def test_settings_that_measure_nothing_are_refused(tmp_path, changed):
     with pytest.raises(UserError, match="no images, shards or blocks"):
-        measure(PrecomputeBenchConfig(scratch=str(tmp_path), **changed))
+        measure(StageOneConfig(scratch=str(tmp_path), **changed))
