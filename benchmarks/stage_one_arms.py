@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from precompute.decoding import DecodedSample
+from precompute.decoding import DecodedSample, DecodePool
 from precompute.filters import Filter
 from precompute.image_rows import ImageRows
 from precompute.shard_job import Tools, encode_shard
@@ -136,10 +136,12 @@ class StageOne:
 def run_ours(job: StageOne, spec: WorkerSpec, out: Path) -> dict[str, float]:
     """The pipeline, as `run_here` runs it; busy seconds by stage."""
     total = TimeAccount()
-    with _decoding(spec) as decode_pool, ThreadPoolExecutor(SHARDS_IN_HAND) as shards:
-        tools = replace(
-            job.tools, dataset=out, open_decoded=partial(open_decoded_here, spec, decode_pool)
-        )
+    here = partial(torch.set_num_threads, torch.get_num_threads())  # each thread has its own
+    with (
+        DecodePool(spec.decode_workers) as pool,
+        ThreadPoolExecutor(SHARDS_IN_HAND, initializer=here) as shards,
+    ):
+        tools = replace(job.tools, dataset=out, open_decoded=partial(open_decoded_here, spec, pool))
         tasks = [ShardTask(source=source, columns=job.columns) for source in job.sources]
         for account in shards.map(lambda task: encode_shard(task, tools), tasks):
             total.add(account.seconds)
@@ -229,13 +231,9 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _decoding(spec: WorkerSpec) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(spec.decode_workers, thread_name_prefix="decode")
-
-
 def _decode_all(job: StageOne, spec: WorkerSpec, crops: list[Crop]) -> list[list[DecodedSample]]:
     found = []
-    with _decoding(spec) as pool:
+    with DecodePool(spec.decode_workers) as pool:
         for source in job.sources:
             with closing(open_decoded_here(spec, pool, source, crops)) as decoded:
                 found.append(list(decoded))

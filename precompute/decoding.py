@@ -104,8 +104,39 @@ def decode_sample(sample: ImageSample, crops: list[Crop], wanted: Filter) -> Dec
     return DecodedSample(row, cut, seconds)
 
 
+class DecodePool:
+    """Threads that decode, for one shard after the other: the next waits until all of it is read.
+
+    Otherwise shards that begin together would share the threads, and the encoders wait for all of
+    them instead of for the first.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self.turn = threading.Lock()
+
+    def submit(
+        self, decode: Callable[[ImageSample], DecodedSample], sample: ImageSample
+    ) -> Future[DecodedSample]:
+        """Decode a sample when a thread is free."""
+        return self._threads.submit(decode, sample)
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; what was not begun is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
 class DecodedShard:
-    """The decoded samples of one shard, in order. Reading and decoding begin at once.
+    """The decoded samples of one shard, in order. Reading and decoding begin before they are taken.
+
+    It returns when its turn to decode has come; the shard is brought here before that, where it is
+    elsewhere. So whoever has one never waits for one that is taken later.
 
     Args:
         stream: the shard.
@@ -118,16 +149,17 @@ class DecodedShard:
         self,
         stream: ShardStream,
         decode: Callable[[ImageSample], DecodedSample],
-        pool: ThreadPoolExecutor,
+        pool: DecodePool,
         depth: int,
     ) -> None:
         self._read_sec = 0.0
         self._stream, self._decode, self._pool = stream, decode, pool
         self._pending: queue.Queue[Future[DecodedSample] | None] = queue.Queue(depth)
         self._error: BaseException | None = None
-        self._closed = threading.Event()
+        self._begun, self._closed = threading.Event(), threading.Event()
         self._reader = threading.Thread(target=self._read, name="read-shard", daemon=True)
         self._reader.start()
+        self._begun.wait()
 
     def __iter__(self) -> Iterator[DecodedSample]:
         while (decoded := self._pending.get()) is not None:
@@ -143,18 +175,23 @@ class DecodedShard:
     def _read(self) -> None:
         samples = iter(self._stream)
         try:
-            start = time.perf_counter()
-            for sample in samples:
-                self._read_sec += time.perf_counter() - start
-                if not self._put(self._pool.submit(self._decode, sample)):
-                    return
-                start = time.perf_counter()
-            self._read_sec += time.perf_counter() - start
+            sample = self._next(samples)
+            with self._pool.turn:
+                self._begun.set()
+                while sample and self._put(self._pool.submit(self._decode, sample)):
+                    sample = self._next(samples)
         except BaseException as error:  # handed over to the consumer, whatever it is
             self._error = error
         finally:
+            self._begun.set()
             samples.close()  # type: ignore[attr-defined]  # a generator; what it holds ends now
         self._put(None)
+
+    def _next(self, samples: Iterator[ImageSample]) -> ImageSample | None:
+        start = time.perf_counter()
+        sample = next(samples, None)
+        self._read_sec += time.perf_counter() - start
+        return sample
 
     def _put(self, item: Future[DecodedSample] | None) -> bool:
         while not self._closed.is_set():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from precompute.decoding import DecodedSample
+from precompute.decoding import DecodedSample, DecodePool
 from precompute.shard_job import DecodedSamples
 from precompute.shard_task import ShardTask
 from precompute.transform import Crop
@@ -41,7 +40,7 @@ def _decode_chunks(
 ) -> Iterator[list[DecodedSample] | _End]:
     """Read and decode a shard, somewhere in the cluster."""
     with (
-        ThreadPoolExecutor(spec.decode_workers) as pool,
+        DecodePool(spec.decode_workers) as pool,
         closing(open_decoded_here(spec, pool, source, crops)) as decoded,
     ):
         chunk: list[DecodedSample] = []

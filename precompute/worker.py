@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from precompute.decoding import DecodedShard, decode_sample
+from precompute.decoding import DecodedShard, DecodePool, decode_sample
 from precompute.filters import Filter
 from precompute.shard_job import DecodedSamples, OpenDecoded, Tools, encode_shard
 from precompute.shard_task import ShardTask
@@ -31,11 +30,14 @@ class Worker:
     """
 
     def __init__(self, spec: WorkerSpec, open_decoded: OpenDecoded | None = None) -> None:
+        import torch
+
         from precompute.pixels import quieten_decoder
 
         quieten_decoder()
+        self._num_threads = torch.get_num_threads()
         self._spec = spec
-        self._pool = ThreadPoolExecutor(spec.decode_workers, thread_name_prefix="decode")
+        self._pool = DecodePool(spec.decode_workers)
         self._tools = _load_tools(
             spec, open_decoded or partial(open_decoded_here, spec, self._pool)
         )
@@ -46,6 +48,7 @@ class Worker:
         """Write what a shard lacks; see `encode_shard`."""
         import torch
 
+        torch.set_num_threads(self._num_threads)  # OpenMP's number is each thread's own
         num_samples = 0
 
         def count(number: int) -> None:
@@ -66,11 +69,11 @@ class Worker:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
 
 def open_decoded_here(
-    spec: WorkerSpec, pool: ThreadPoolExecutor, source: SourceShard, crops: list[Crop]
+    spec: WorkerSpec, pool: DecodePool, source: SourceShard, crops: list[Crop]
 ) -> DecodedSamples:
     """Start decoding a shard in threads of this process."""
     decode = partial(decode_sample, crops=crops, wanted=Filter(spec.wanted))
