@@ -9,7 +9,7 @@ RANDOM_SD2 = "random-sd2"
 
 
 def write_random_sd2(folder: Path) -> Path:
-    """Write VAE, text encoder and a small tokenizer; 1.4 GB, in float16 0.7 GB."""
+    """Write VAE, text encoder and a small tokenizer: 0.85 GB in float16."""
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
