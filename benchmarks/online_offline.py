@@ -28,8 +28,9 @@ from shards.errors import UserError
 from shards.manifest import iter_receipts
 from shards.order import choose_partitions
 from shards.reader import LatentReader
-from train.config import TrainConfig, preset
+from train.config import TrainConfig
 from train.metrics import read_metrics
+from train.presets import preset
 from train.unet import check_fits, load_unet_config
 
 _OWN_DATA = "data/bench"

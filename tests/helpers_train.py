@@ -118,6 +118,7 @@ def small_config(folder: Path, **changes: Any) -> TrainConfig:
         "learning_rate": 1e-3,
         "log_every": 1,
         "num_samples": 0,
+        "validation_samples": 0,
     }
     if "unet" not in changes and not Path(settings["unet"]).exists():
         write_unet(Path(settings["unet"]))

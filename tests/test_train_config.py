@@ -8,8 +8,9 @@ from diffusers import UNet2DConditionModel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from shards.errors import UserError
-from train.config import PRESETS, TrainConfig, preset
+from train.config import TrainConfig
 from train.main import parse
+from train.presets import PRESETS, preset
 from train.unet import build_unet, load_unet_config
 
 # mosaicml/diffusion, SD-2-base-256.yaml and SD-2-base-512.yaml

@@ -14,8 +14,8 @@ from helpers_train import MemoryBatches, error_line, flags, small_config, start,
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.lock import sole_writer
-from train.config import PRESETS
 from train.main import main, parse
+from train.presets import PRESETS
 from train.trainer import Trainer
 
 MakeDataset = Callable[..., Dataset]

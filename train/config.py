@@ -1,44 +1,49 @@
-"""What a training run is: one typed configuration, and the presets that fill it. No torch here."""
+"""What a training run is: one typed configuration. No torch here."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from shards.errors import UserError
-
 _COUNTS = (
-    *("resolution", "max_steps", "global_batch_size", "shuffle_window"),
-    *("log_every", "checkpoint_every", "keep_checkpoints"),
+    *("resolution", "max_steps", "global_batch_size", "shuffle_window", "ema_every"),
+    *("log_every", "checkpoint_every", "keep_checkpoints", "sample_steps", "online_workers"),
 )
 _NOT_NEGATIVE = (
-    *("micro_batch_size", "seed", "num_partitions", "min_snr_gamma", "learning_rate"),
-    *(
-        "cache_gib",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "ema_start_step",
-        "num_samples",
-    ),
+    *("micro_batch_size", "seed", "num_partitions", "min_snr_gamma", "offset_noise"),
+    *("learning_rate", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"),
+    *("cache_gib", "ema_start_step", "keep_every", "max_restarts"),
+    *("validation_samples", "validation_every", "num_samples", "sample_every", "sample_guidance"),
 )
-_FRACTIONS = ("caption_drop_prob", "final_lr_frac", "ema_decay")
+_FRACTIONS = ("caption_drop_prob", "flip_prob", "final_lr_frac", "ema_decay", "sample_rescale")
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+Precision = Literal["auto", "no", "fp16", "bf16", "bf16-weights"]
+AttentionChoice = Literal["auto", "xformers", "sdpa", "flash", "cudnn", "math"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that a run depends on; the command line has a flag for each field."""
 
+    # The model
     unet: str = "tiny"
     """U-Net configuration: a name in train/unets, or a path to a diffusers config.json."""
     resolution: int = 64
     """Side of the images in pixels; chooses the dataset's image column."""
+    init_from: str = ""
+    """Start from the weights of a run, a checkpoint, a diffusers folder or a hub id; weights alone
+    (the 256-px run that a 512-px run goes on from)."""
+    init_weights: Literal["raw", "ema"] = "raw"
+    """Which weights of --init-from: as trained, or their moving average."""
 
+    # The data
     data: str = "data/latents"
     """Latent dataset: a folder, or a URL such as s3://bucket/latents."""
     output_dir: str = "runs/latest"
-    """Folder of the run: checkpoints, metrics.jsonl, the exported U-Net, sample images."""
+    """Of the run: checkpoints, metrics.jsonl, the exported U-Net, sample images; a folder or a URL.
+    The same command again continues there."""
     image_column: str = ""
     """Id of the image column, where there are several of this resolution."""
     text_column: str = ""
@@ -49,7 +54,18 @@ class TrainConfig:
     """Local cache for the shards of a remote dataset; default: ~/.cache/latentmill/shards."""
     cache_gib: float = 100.0
     """Bound of that cache, for all processes on the machine."""
+    follow: bool = False
+    """Train on a dataset that stage 1 is still writing: each epoch takes the shards that are there
+    when it starts, and records which (epochs.jsonl)."""
+    online: str = ""
+    """Train from these image shards instead, as `make precompute SHARDS=` takes them: the encoders
+    of --model run in every step."""
+    online_workers: int = 4
+    """Threads that read and decode images for --online."""
+    random_crop: bool = False
+    """Cut the square at random instead of from the centre; --online alone."""
 
+    # The length, the batch, and what depends on chance
     max_steps: int = 1000
     """Optimizer updates in the whole run."""
     global_batch_size: int = 32
@@ -62,14 +78,27 @@ class TrainConfig:
     """Canonical partitions of the order (shards/order.py); 0 derives them from the batch."""
     shuffle_window: int = 16_384
     """Samples that are shuffled together within a partition."""
-
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the U-Net predicts."""
-    min_snr_gamma: float = 0.0
-    """Clip the loss weight at this signal-to-noise ratio (arXiv:2303.09556); 0 weighs all alike."""
     caption_drop_prob: float = 0.1
     """Share of captions replaced by the empty one, drawn anew every step (train/draws.py)."""
+    flip_prob: float = 0.0
+    """Share of images that are mirrored; takes a column precomputed with --flip, or --online."""
 
+    # The objective
+    prediction_type: PredictionType = "epsilon"
+    """What the U-Net predicts; flow is flow matching on straight lines (arXiv:2209.03003)."""
+    min_snr_gamma: float = 0.0
+    """Clip the loss weight at this signal-to-noise ratio (arXiv:2303.09556); 0 weighs all alike."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that the last timestep is pure noise (arXiv:2305.08891)."""
+    snr_shift: float = 1.0
+    """Multiply every timestep's signal-to-noise ratio: 0.25 when the side is twice that of the
+    schedule (arXiv:2301.11093). Flow: its timesteps move likewise (arXiv:2403.03206)."""
+    offset_noise: float = 0.0
+    """Add noise of this deviation that is constant over each channel; 0.05 to 0.1 is usual."""
+    timestep_sampling: Literal["uniform", "sobol", "logit-normal"] = "uniform"
+    """Independent; quasi-random over the batch, and over the run; or mostly the middle."""
+
+    # The optimizer
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -80,30 +109,73 @@ class TrainConfig:
     """Where the cosine ends, as a share of the peak."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradient norm to clip at; 0 never clips."""
     ema_decay: float = 0.0
-    """Decay of the weights' moving average; 0 keeps none."""
+    """Decay per step of the weights' moving average; 0 keeps none."""
     ema_start_step: int = 0
     """Updates after which the average starts, as a copy of the weights; no memory before."""
+    ema_every: int = 1
+    """Steps between two updates of the average; the decay is raised to this power."""
 
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Autocast; auto is bf16 on a GPU that has it, else no."""
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """auto is xFormers where it runs, else torch's own; the log says which."""
+    # How it is computed: none of this changes what is trained, but for rounding
+    mixed_precision: Precision = "auto"
+    """fp16 and bf16 are autocast; bf16-weights keeps the model in bfloat16 and float32 masters.
+    auto: what accelerate launch was told, else bf16 on a GPU that has it, else no."""
+    low_precision_norm: bool = False
+    """Under autocast, run group and layer norms in the low precision as well."""
+    attention: AttentionChoice = "auto"
+    """auto measures what runs on a GPU and takes the fastest; the log says which."""
+    compile: Literal["off", "regional", "full"] = "off"
+    """torch.compile: full makes one graph from moments to loss; regional compiles each block once,
+    in a fraction of the time."""
+    sharding: Literal["off", "zero2"] = "off"
+    """zero2 splits gradients, masters, optimizer and average among the processes."""
 
+    # Seeing it learn
     log_every: int = 50
     """Steps between two log lines; the host waits for the device only here."""
+    trackers: str = ""
+    """Also log to these: tensorboard, wandb, trackio; comma-separated."""
+    validation_samples: int = 512
+    """Samples that are never trained on (at most 5% of them); 0 holds none out."""
+    validation_every: int = 1000
+    """Steps between two measurements of their loss; 0: at the end alone."""
+    num_samples: int = 16
+    """Images in a sample grid; 0 makes none."""
+    sample_every: int = 0
+    """Steps between two sample grids; 0: at the end alone."""
+    sample_prompts: str = ""
+    """A text file, a prompt a line, or prompts with semicolons between; default: captions."""
+    sample_negative_prompt: str = ""
+    """What the images are to lack."""
+    sample_guidance: float = 3.0
+    """Scale of classifier-free guidance."""
+    sample_rescale: float = 0.0
+    """Rescale guided predictions (arXiv:2305.08891); 0.7 goes with --zero-terminal-snr."""
+    sample_steps: int = 20
+    """Steps of the sampler."""
+    model: str = ""
+    """Model folder or hub id of the encoders; default: the one that the dataset was made with."""
+
+    # Staying alive
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
-    num_samples: int = 16
-    """Images in the sample grid at the end; 0 makes none."""
-    model: str = ""
-    """Model folder that decodes the samples; default: the one that the dataset was encoded with."""
+    keep_every: int = 0
+    """Checkpoints of multiples of this many steps stay for ever; 0: none."""
+    checkpoint_format: Literal["full", "sharded"] = "full"
+    """sharded, with --sharding zero2: every process writes its own part."""
+    checkpoint_in_background: bool = True
+    """Copy to the host's memory, where there is room, and train on while the copy is written."""
+    max_restarts: int = 0
+    """Start again from the last checkpoint after a failure, this many times. Of several processes
+    the launcher must do it: accelerate launch --max_restarts."""
 
     def __post_init__(self) -> None:
         for names, allowed, wanted in (
@@ -116,6 +188,42 @@ class TrainConfig:
                     raise ValueError(f"--{name.replace('_', '-')} must be {wanted}")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError("--adam-betas must be at least 0 and below 1")
+        if not 0 < self.snr_shift < math.inf:
+            raise ValueError("--snr-shift must be finite and above 0")
+        for wrong, why in self._contradictions():
+            if wrong:
+                raise ValueError(why)
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        """Pairs of settings that cannot both be meant."""
+        at_zero_snr = self.zero_terminal_snr and self.prediction_type in ("epsilon", "flow")
+        return [
+            (
+                at_zero_snr,
+                "--zero-terminal-snr needs --prediction-type v_prediction or sample: "
+                "pure noise says nothing about epsilon, and flow ends there anyway",
+            ),
+            (
+                self.prediction_type == "flow" and self.min_snr_gamma > 0,
+                "--min-snr-gamma weighs a noise schedule, which --prediction-type flow has not",
+            ),
+            (
+                self.sharding == "zero2" and self.compile == "full",
+                "--sharding zero2 gathers weights between blocks; --compile regional goes with it",
+            ),
+            (
+                self.checkpoint_format == "sharded" and self.sharding == "off",
+                "--checkpoint-format sharded needs --sharding zero2",
+            ),
+            (
+                self.random_crop and not self.online,
+                "--random-crop needs pixels: --online; stored latents were cropped by stage 1",
+            ),
+            (
+                bool(self.online) and self.follow,
+                "--follow is for a dataset that is being written; --online reads none",
+            ),
+        ]
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the update that is numbered `step`, from 0."""
@@ -130,61 +238,14 @@ class TrainConfig:
     def defining_fields(self) -> dict[str, Any]:
         """The part of the configuration that a resumed run must share with its beginning."""
         free = {
-            *("data", "output_dir", "image_column", "text_column", "micro_batch_size"),
-            *("attention", "log_every", "checkpoint_every", "keep_checkpoints"),
-            *("num_samples", "model", "text", "cache_dir", "cache_gib"),
+            *("data", "output_dir", "image_column", "text_column", "text", "model"),
+            *("cache_dir", "cache_gib", "online", "online_workers", "micro_batch_size"),
+            *("attention", "compile", "sharding", "log_every", "trackers", "validation_every"),
+            *("checkpoint_every", "keep_checkpoints", "keep_every", "checkpoint_format"),
+            *("checkpoint_in_background", "max_restarts", "num_samples"),
+            *(name for name in self.__dataclass_fields__ if name.startswith("sample_")),
         }
         if self.lr_schedule == "constant":
             free.add("max_steps")
         fields = {name: value for name, value in asdict(self).items() if name not in free}
         return {**fields, "adam_betas": list(self.adam_betas)}
-
-
-# The published SD2-base recipe (mosaicml/diffusion, SD-2-base-256.yaml and -512.yaml): AdamW 1e-4,
-# weight decay 0.01, batch 2048, 10,000 steps of warm-up, then constant; 550,000 steps at 256, then
-# 850,000 at 512 with an EMA over the last 50,000. Ours clips gradients as well: without it users of
-# that recipe have reported NaN after some thousand steps.
-_SD2_BASE_256 = TrainConfig(
-    unet="sd2-base",
-    resolution=256,
-    max_steps=550_000,
-    global_batch_size=2048,
-    micro_batch_size=16,
-    warmup_steps=10_000,
-    output_dir="runs/sd2-base-256",
-    checkpoint_every=10_000,
-)
-PRESETS: dict[str, TrainConfig] = {
-    "tiny": TrainConfig(
-        max_steps=3000,
-        prediction_type="v_prediction",
-        min_snr_gamma=5.0,
-        learning_rate=1e-3,
-        lr_schedule="cosine",
-        warmup_steps=50,
-        final_lr_frac=0.03,
-        adam_betas=(0.9, 0.99),
-        ema_decay=0.995,
-        output_dir="runs/tiny",
-    ),
-    "sd2-base-256": _SD2_BASE_256,
-    "sd2-base-512": replace(
-        _SD2_BASE_256,
-        resolution=512,
-        max_steps=850_000,
-        ema_decay=0.9999,
-        ema_start_step=800_000,
-        output_dir="runs/sd2-base-512",
-    ),
-}
-
-
-def preset(name: str) -> TrainConfig:
-    """A preset by name.
-
-    Raises:
-        UserError: there is none of this name.
-    """
-    if name not in PRESETS:
-        raise UserError("preset", f"{name!r} is unknown", wanted=f"one of {', '.join(PRESETS)}")
-    return PRESETS[name]

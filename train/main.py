@@ -24,7 +24,8 @@ from shards.errors import DatasetError, UserError, reported
 from shards.lock import sole_writer
 from shards.order import choose_partitions
 from shards.reader import LatentReader
-from train.config import PRESETS, TrainConfig, preset
+from train.config import TrainConfig
+from train.presets import PRESETS, preset
 from train.unet import check_fits, load_unet_config
 
 if TYPE_CHECKING:

@@ -77,10 +77,14 @@ class Objective:
         signal, sigma = self._at(timesteps)
         return signal * noise - sigma * latents
 
+    def model_timesteps(self, timesteps: Tensor) -> Tensor:
+        """What the U-Net is told of a timestep."""
+        return timesteps
+
     def loss(self, model_pred: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean squared error in float32, each sample weighted by min-SNR (arXiv:2303.09556)."""
+        """[B], mean squared error in float32, weighted by min-SNR (arXiv:2303.09556)."""
         per_sample = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
-        return (self._weight[timesteps] * per_sample).mean()
+        return self._weight[timesteps] * per_sample
 
     def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, 1, 1, 1)
