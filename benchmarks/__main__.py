@@ -1,7 +1,8 @@
 """Measure: online against offline training when no command is named, else what the command says.
 
 Commands: `loader` (our reader of latent shards against other loaders), `order` (open and seek in
-400 million samples), `precompute` (stage 1 against a naive one); see `python -m benchmarks loader
+400 million samples), `precompute` (stage 1 against a naive one), `train-step` (the U-Net trainer's
+speed by micro-batch, attention, precision, compiling and EMA); see `python -m benchmarks loader
 --help`. The last line of the output is one JSON document.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import loader, online_offline, order, stage_one
+from benchmarks import loader, online_offline, order, stage_one, train_step
 from benchmarks.result import publish
 from shards.errors import reported
 
@@ -37,6 +38,9 @@ _COMMANDS = {
     "order": _Command(order.OrderConfig, order.measure, order.print_table, order.__doc__),
     "precompute": _Command(
         stage_one.StageOneConfig, stage_one.measure, stage_one.print_table, stage_one.__doc__
+    ),
+    "train-step": _Command(
+        train_step.TrainStepConfig, train_step.measure, train_step.print_table, train_step.__doc__
     ),
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from precompute.model_folder import ModelFolder
 from shards.column import ImageColumn, TextColumn
+from train.flops import unet_flops
 from train.unet import load_unet_config
 
 
@@ -23,16 +24,8 @@ def flops_per_image(
     Returns:
         `unet` forward and backward; `vae` encode; `text` forward.
     """
-    import diffusers
-    import torch
-
-    with torch.device("meta"):
-        net = diffusers.UNet2DConditionModel.from_config(load_unet_config(unet))
-        latents = torch.randn(1, *image.latent_shape)
-        states = torch.randn(1, text.num_tokens, text.dim)
-        timesteps = torch.zeros(1, dtype=torch.long)
     return {
-        "unet": _count(lambda: net(latents, timesteps, states).sample.sum().backward()),
+        "unet": unet_flops(load_unet_config(unet), image.latent_size, text.num_tokens),
         "vae": vae_flops(model, image.resolution),
         "text": text_flops(model, text),
     }

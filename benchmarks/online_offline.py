@@ -123,6 +123,7 @@ def _run_arms(
 ) -> dict[str, list[float]]:
     """Mean seconds per step of every block, by arm."""
     from precompute.online import OnlineBatches
+    from precompute.online_samples import samples_of_dataset
     from train.trainer import Trainer, build_accelerator
 
     accelerator = build_accelerator(config)
@@ -136,11 +137,10 @@ def _run_arms(
         num_partitions=choose_partitions(config.global_batch_size),
     )
     online = OnlineBatches(
-        reader,
+        samples_of_dataset(reader, image, dataset.caption_field),
         image,
         text,
         device=accelerator.device,
-        dtype=_encoder_dtype(image),
         num_workers=os.cpu_count() or 1,
     )
     total = bench.blocks * (bench.warmup + bench.steps)
@@ -162,13 +162,6 @@ def _run_arms(
         print(f"block {block + 1}/{bench.blocks}: {speeds}", flush=True)
     check_equal_losses(scratch)
     return sec_per_step
-
-
-def _encoder_dtype(image: Column[ImageColumn]) -> Any:
-    """The precision that the cache was made in: the online arm must do the same work."""
-    import torch
-
-    return getattr(torch, image.spec.compute_dtype)
 
 
 def check_equal_losses(scratch: Path) -> None:

@@ -8,8 +8,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 
 from shards.canonical import canonical_json
 from shards.storage import write_text_whole
+
+_GPU_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -36,11 +39,43 @@ def environment() -> dict[str, Any]:
         "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
+        "gpu": gpu_state(*_GPU_FIELDS),
         "num_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": _versions("torch", "diffusers", "transformers", "accelerate", "xformers"),
     }
+
+
+def gpu_state(*fields: str) -> dict[str, str]:
+    """What nvidia-smi says of the current CUDA device; nothing where there is none to ask.
+
+    Args:
+        fields: as `nvidia-smi --help-query-gpu` names them.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    which = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    query = [which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return {}
+    if done.returncode:
+        return {}
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(fields, values, strict=True))
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git(*arguments: str) -> str:

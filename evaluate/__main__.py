@@ -25,6 +25,8 @@ class Sample:
     """Folder of a training run, or one of its checkpoints."""
     prompts: str
     """Prompts, separated by semicolons, or the name of a text file with one in each line."""
+    negative_prompt: str = ""
+    """What the images are to lack."""
     model: str = _TINY
     """Model folder or hub id that the run's dataset was encoded with."""
     out: str = ""
@@ -33,6 +35,8 @@ class Sample:
     """auto takes the averaged weights where there are any."""
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is off."""
+    guidance_rescale: float = 0.0
+    """Rescale guided predictions (arXiv:2305.08891); 0.7 is usual at zero terminal SNR."""
     num_steps: int = 20
     """Steps of DPM-Solver++."""
     seed: int = 0
@@ -86,16 +90,13 @@ def sample(command: Sample) -> None:
 
     from evaluate.grid import write_grid
     from evaluate.pipeline import load_pipeline
-    from evaluate.sample import generate
+    from evaluate.sample import generate, read_prompts
 
-    named = Path(command.prompts)
-    is_file = len(command.prompts) < 256 and named.is_file()
-    text = named.read_text(encoding="utf-8") if is_file else command.prompts.replace(";", "\n")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError("--prompts", "no prompt given", wanted="text, or a file with text")
+    prompts = read_prompts(command.prompts, "--prompts")
     if command.num_steps < 1:
         raise UserError("--num-steps", f"{command.num_steps}", wanted="at least 1")
+    if not 0 <= command.guidance_rescale <= 1:
+        raise UserError("--guidance-rescale", f"{command.guidance_rescale}", wanted="0 to 1")
     out = Path(command.out or Path(command.run) / "samples.png")
     images = generate(
         load_pipeline(command.run, command.model, weights=command.weights),
@@ -103,6 +104,8 @@ def sample(command: Sample) -> None:
         seed=command.seed,
         num_steps=command.num_steps,
         guidance_scale=command.guidance_scale,
+        guidance_rescale=command.guidance_rescale,
+        negative_prompt=command.negative_prompt,
     )
     write_grid(out, images, prompts)
     print(out)

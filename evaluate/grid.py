@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from shards.storage import write_whole
+from shards.storage import Location, write_whole
 
 _MIN_SIDE, _MARGIN, _FONT_SIZE, _LINES = 160, 8, 12, 3
 
 
 def write_grid(
-    path: Path, images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 0
+    where: Location, images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 0
 ) -> None:
-    """Write images [H, W, 3] uint8 with their captions below as a PNG.
+    """Write a grid as a PNG; see `draw_grid`."""
+    write_png(where, draw_grid(images, captions, columns))
+
+
+def write_png(where: Location, pixels: np.ndarray) -> None:
+    """Write [H, W, 3] uint8 as a PNG."""
+    picture = Image.fromarray(pixels)
+    write_whole(where, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def draw_grid(
+    images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 0
+) -> np.ndarray:
+    """Images [H, W, 3] uint8 with their captions below, as one such image.
 
     Args:
-        path: the PNG.
         images: of one size; small ones are shown enlarged.
         captions: one for each image.
         columns: images in a row; 0 makes the grid about square.
@@ -41,7 +52,7 @@ def write_grid(
         sheet.paste(picture, (left, top))
         text = _wrap(caption, font, side)
         draw.multiline_text((left, top + side + 2), text, fill="black", font=font, spacing=2)
-    write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    return np.asarray(sheet)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, max_width: int) -> str:

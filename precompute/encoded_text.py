@@ -17,6 +17,7 @@ from shards.batch import LatentBatch
 from shards.column import TextColumn
 from shards.dataset import Column
 from shards.errors import DatasetError
+from shards.follow import FollowingReader
 from shards.reader import LatentReader
 
 
@@ -35,7 +36,7 @@ class EncodedText:
 
     def __init__(
         self,
-        reader: LatentReader,
+        reader: LatentReader | FollowingReader,
         text: Column[TextColumn],
         *,
         device: torch.device,
@@ -65,9 +66,25 @@ class EncodedText:
         """Epochs completed when `step` steps are done."""
         return self._reader.epoch_at(step)
 
+    def keys_of(self, samples: np.ndarray) -> list[str]:
+        """`<shard>/<key>` of samples given by their numbers."""
+        return self._reader.keys_of(samples)
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that `iter_held_out` has."""
+        return self._reader.num_held_out
+
+    def iter_held_out(self, first: int, last: int, batch_size: int) -> Iterator[LatentBatch]:
+        """The reader's held-out samples, likewise."""
+        yield from self._encoded(self._reader.iter_held_out(first, last, batch_size))
+
     def iter_batches(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
         """The reader's batches with states in place of token ids."""
-        for batch in self._reader.iter_batches(first_step, positions):
+        yield from self._encoded(self._reader.iter_batches(first_step, positions))
+
+    def _encoded(self, batches: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
+        for batch in batches:
             assert batch.input_ids is not None
             yield replace(batch, states=self._encode(batch.input_ids), input_ids=None)
 

@@ -1,113 +1,206 @@
-"""The online arm: the same batches as the reader of latent shards, encoded while training waits.
+"""Online training: the batches that a reader of latent shards yields, encoded while it trains.
 
 What most trainers do in every step (read, decode, VAE, text encoder), with the encoders of stage
-1. It takes the same samples in the same order, so the two arms differ by what they cost alone.
+1. Samples and order are those of the latents that stage 1 would make, so online and offline
+training differ by their cost, and by the rounding of what is stored, alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from precompute.image_encoder import ImageEncoder, to_pixel_values
-from precompute.model_folder import find_model
+from precompute.online_crop import Cut, SquareCutter
+from precompute.online_encoders import Encoders
+from precompute.online_index import index_samples
+from precompute.online_samples import DecodedImage, OnlineSamples
 from precompute.pixels import quieten_decoder
-from precompute.text_encoder import TextEncoder
-from precompute.transform import cut_crop
 from shards.batch import LatentBatch
+from shards.canonical import canonical_json
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column
-from shards.image_index import ShardIndex
+from shards.order import DEFAULT_WINDOW
 from shards.prefetch import prefetch
-from shards.reader import LatentReader
-from shards.receipt import read_receipt, receipt_path
 
 _PREFETCH_DEPTH = 4
+_BATCHES_AT_A_TIME = 2  # in the threads: none idles while the last image of a batch is decoded
 
 
 class OnlineBatches:
-    """A `BatchSource` that encodes on the way.
+    """A `BatchSource` that encodes on the way: moments and states are float32 tensors.
 
     Args:
-        reader: the reader of latent shards whose samples and order to follow.
-        image: its image column; names source shards, model and transform.
-        text: its text column.
+        samples: what is read, and in which order.
+        image: says what is made of the images; see `online_columns`.
+        text: the same of the captions.
         device: where the encoders run.
-        dtype: precision of the encoders.
         num_workers: threads that read and decode.
-        caption_field: the dataset's, see `ShardIndex`.
+        random_crop: place the squares at random along the longer side, else as stage 1 does.
+        flip_prob: share of squares that are mirrored.
+
+    Raises:
+        UserError: an encoder cannot be loaded.
     """
 
     def __init__(
         self,
-        reader: LatentReader,
+        samples: OnlineSamples,
         image: Column[ImageColumn],
         text: Column[TextColumn],
         *,
         device: torch.device,
-        dtype: torch.dtype,
         num_workers: int,
-        caption_field: str = "",
+        random_crop: bool = False,
+        flip_prob: float = 0.0,
     ) -> None:
         quieten_decoder()
-        model = find_model(image.model)
-        self._reader, self._image, self._device = reader, image, device
-        self._image_encoder = ImageEncoder(model, device, dtype)
-        self._text_encoder = TextEncoder(
-            model, device, dtype, text.spec.part, hidden_state=text.spec.hidden_state
+        self._samples, self._num_workers = samples, num_workers
+        self._cutter = SquareCutter(
+            column=image.spec,
+            random_crop=random_crop,
+            flip_prob=flip_prob,
+            seed=samples.order.seed,
+            global_batch_size=samples.order.global_batch_size,
         )
-        self._num_workers = num_workers
-        self._shards = sorted(image.shards)
-        self._caption_field = caption_field
-        self._open_shard = lru_cache(maxsize=256)(self._index_shard)
-        self.latent_shape = reader.latent_shape
-        self.scaling_factor = reader.scaling_factor
-        self.null_states = reader.null_states
-        self.identity = f"online-{reader.identity}"
+        self._encoders = Encoders(image, text, device)
+        self.latent_shape = image.spec.latent_shape
+        self.scaling_factor = image.spec.scaling_factor
+        self.identity = self._identity(image.spec, text.spec)
+
+    def _identity(self, image: ImageColumn, text: TextColumn) -> str:
+        """Hash of all that the batches depend on: weights, transform, shards, order, draws."""
+        facts = {
+            "image": image.column_id,
+            "text": text.column_id,
+            "samples": self._samples.identity,
+            **self._cutter.spec,
+        }
+        return f"online-{hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def null_states(self) -> np.ndarray:
+        """States of the empty caption, [T, D] float32."""
+        states: np.ndarray = self._encoders.encode_texts([""])[0].cpu().numpy()
+        return states
 
     def epoch_at(self, step: int) -> float:
         """Epochs completed when `step` steps are done."""
-        return self._reader.epoch_at(step)
+        return self._samples.order.epoch_at(step)
+
+    def keys_of(self, samples: np.ndarray) -> list[str]:
+        """`<shard>/<key>` of samples by their numbers."""
+        return self._samples.keys_of(samples)
+
+    def captions(self, num_captions: int) -> list[str]:
+        """Different captions of the samples, to draw images of."""
+        return self._samples.captions(num_captions)
 
     def iter_batches(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
         """Batches of `first_step` and all that follow: decoded ahead, encoded when asked for."""
-        for step, samples, squares, captions in prefetch(
-            self._decode_all(first_step, positions), _PREFETCH_DEPTH
-        ):
-            moments, _ = self._image_encoder.encode(to_pixel_values(squares, self._device))
-            states = self._text_encoder.encode(self._text_encoder.tokenize(captions)).states
-            yield LatentBatch(
-                step=step, samples=samples, moments=moments.half(), states=states.half()
-            )
+        ahead: Any = prefetch(self._decode_all(first_step, positions), _PREFETCH_DEPTH)
+        try:
+            with closing(ahead):
+                for step, images in ahead:
+                    yield LatentBatch(
+                        step=step,
+                        samples=np.array([image.number for image in images]),
+                        moments=self._encoders.encode_images([image.square for image in images]),
+                        states=self._encoders.encode_texts([image.caption for image in images]),
+                    )
+        finally:
+            self._samples.say_what_was_replaced()
 
     def _decode_all(
         self, first_step: int, positions: range
-    ) -> Iterator[tuple[int, np.ndarray, tuple[np.ndarray, ...], list[str]]]:
-        step = first_step
-        with ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode") as pool:
-            while True:
-                shards, rows = self._reader.order.locate(step, positions)
-                places = list(zip(shards.tolist(), rows.tolist(), strict=True))
-                squares, captions = zip(*pool.map(self._read_and_decode, places), strict=True)
-                samples = self._reader.sample_numbers(shards, rows)
-                yield step, samples, squares, list(captions)
-                step += 1
+    ) -> Iterator[tuple[int, list[DecodedImage]]]:
+        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
+        pending: deque[tuple[int, list[Future[DecodedImage]]]] = deque()
+        try:
+            for step in itertools.count(first_step):
+                pending.append((step, self._start_decoding(pool, step, positions)))
+                if len(pending) == _BATCHES_AT_A_TIME:
+                    decoded, futures = pending.popleft()
+                    yield decoded, [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _read_and_decode(self, place: tuple[int, int]) -> tuple[np.ndarray, str]:
-        index, row_of = self._open_shard(place[0])
-        sample = index.read(int(row_of[place[1]]))
-        assert sample.image is not None
-        assert sample.caption is not None
-        square = cut_crop(sample.image, self._image.spec)
-        assert square is not None
-        return square, sample.caption
+    def _start_decoding(
+        self, pool: ThreadPoolExecutor, step: int, positions: range
+    ) -> list[Future[DecodedImage]]:
+        shards, rows = self._samples.order.locate(step, positions)
+        cuts = self._cutter.draw(step, positions)
+        return [
+            pool.submit(self._decode, shard, row, cut)
+            for shard, row, cut in zip(shards.tolist(), rows.tolist(), cuts, strict=True)
+        ]
 
-    def _index_shard(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
-        """Index of the source shard, and the ledger row of each row of the image column."""
-        name = self._shards[shard]
-        source = read_receipt(receipt_path(self._image.path_of(name))).source["url"]
-        return ShardIndex(source, self._caption_field), np.array(self._image.map_shard(name)["row"])
+    def _decode(self, shard: int, row: int, cut: Cut) -> DecodedImage:
+        return self._samples.decode(shard, row, partial(self._cutter.cut, cut=cut))
+
+
+def open_online(
+    shards: str,
+    image: Column[ImageColumn],
+    text: Column[TextColumn],
+    *,
+    device: torch.device,
+    num_workers: int,
+    seed: int,
+    global_batch_size: int,
+    num_partitions: int,
+    window: int = DEFAULT_WINDOW,
+    random_crop: bool = False,
+    flip_prob: float = 0.0,
+    say: Callable[[str], object] = print,
+    quiet: bool = False,
+) -> OnlineBatches:
+    """Batches straight from image shards, without a latent dataset.
+
+    Args:
+        shards: local tars, as stage 1 takes them.
+        image: of `online_columns`.
+        text: the same.
+        device: where the encoders run.
+        num_workers: threads that read and decode.
+        seed: of the order, and of what is random about the squares.
+        global_batch_size: samples per step over all processes.
+        num_partitions: see `shards.order`.
+        window: shuffle window in samples.
+        random_crop: see `OnlineBatches`.
+        flip_prob: the same.
+        say: takes a line for the user, on every process: each replaces samples of its own.
+        quiet: another process of the run says what they all find; see `index_samples`.
+
+    Raises:
+        UserError: the shards or the model cannot be used.
+    """
+    quieten_decoder()
+    samples = index_samples(
+        shards,
+        image.spec,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        num_partitions=num_partitions,
+        window=window,
+        num_threads=num_workers,
+        say=say,
+        quiet=quiet,
+    )
+    return OnlineBatches(
+        samples,
+        image,
+        text,
+        device=device,
+        num_workers=num_workers,
+        random_crop=random_crop,
+        flip_prob=flip_prob,
+    )

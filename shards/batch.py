@@ -14,7 +14,7 @@ class LatentBatch:
     """One rank's rows of one step's global batch.
 
     Args:
-        step: the step that the batch belongs to.
+        step: the step that the batch belongs to; -1: none, held-out samples.
         samples: [B] int64, each sample's number in the dataset.
         moments: [B, 2C, h, w], mean and log-variance, or [B, C, h, w], the mean alone;
             **unscaled**.
@@ -53,6 +53,10 @@ class BatchSource(Protocol):
 
     def epoch_at(self, step: int) -> float:
         """Epochs completed when `step` steps are done."""
+        ...
+
+    def keys_of(self, samples: np.ndarray) -> list[str]:
+        """Who they are: `<shard>/<key>` of samples given by `LatentBatch.samples`."""
         ...
 
     def iter_batches(self, first_step: int, positions: range) -> Iterator[LatentBatch]:

@@ -27,6 +27,7 @@ from shards.column import (
     column_from_json,
 )
 from shards.errors import CorruptFileError, DatasetError, UserError
+from shards.flip import mirror_spec, no_mirror
 from shards.layout import LEDGER, MANIFEST, column_path
 from shards.receipt import NULL, read_committed
 from shards.storage import Location, list_folders, location, read_bytes, size_of
@@ -175,6 +176,18 @@ class Dataset:
         if not column_id:
             found = [c for c in found if c.spec.is_plain]
         return self._only(found, f"image column at {resolution} px", column_id, "--image-column")
+
+    def flipped_column(self, image: Column[ImageColumn]) -> Column[ImageColumn]:
+        """The column of an image column's images, mirrored: equal settings but for the flip.
+
+        Raises:
+            DatasetError: there is none.
+        """
+        column = self.columns.get(mirror_spec(image.spec).column_id)
+        if column is None or image.spec.is_flipped:
+            found = f"columns {', '.join(self.columns)}"
+            raise no_mirror(self.path, found, image)
+        return column  # type: ignore[return-value]  # the id is that of an image column
 
     def text_column(self, column_id: str = "", holding: str = "auto") -> Column[TextColumn]:
         """The text column; by id where there are several.

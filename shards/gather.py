@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,25 +31,25 @@ class _OpenShard:
 
 
 class RowGatherer:
-    """Gathers rows of one column.
+    """Gathers rows of one column, or of columns that are alike.
 
     Args:
-        column: of an open dataset.
-        shards: names of its shards; a shard is then known by its index in this list.
+        columns: of an open dataset, of equal row arrays and shards.
+        shards: names of their shards; a shard is then known by its index in this list, those of
+            the second column after those of the first.
         allocate: makes a batch's buffers from shape and dtype.
         max_open: shards that stay mapped.
     """
 
     def __init__(
         self,
-        column: Column[Any],
+        columns: Sequence[Column[Any]],
         shards: list[str],
         allocate: Allocate,
         max_open: int = MAX_OPEN_SHARDS,
     ) -> None:
-        self.column = column
-        self._shards, self._allocate = shards, allocate
-        spec: ColumnSpec = column.spec
+        self._columns, self._shards, self._allocate = columns, shards, allocate
+        spec: ColumnSpec = columns[0].spec
         self._row_arrays = [(n, np.dtype(d), shape) for n, (d, shape) in spec.row_arrays.items()]
         self._open_shard = lru_cache(maxsize=max_open)(self._map_shard)
 
@@ -83,15 +83,20 @@ class RowGatherer:
         return batch
 
     def _refuse_row(self, index: int, row: int) -> None:
-        where = self.column.path_of(self._shards[index])
+        column, name = self._find(index)
+        where = column.path_of(name)
         raise CorruptFileError(
             where, f"row {row} does not match its checksum", remedy=repair_remedy(where)
         )
 
+    def _find(self, index: int) -> tuple[Column[Any], str]:
+        number, shard = divmod(index, len(self._shards))
+        return self._columns[number], self._shards[shard]
+
     def _map_shard(self, index: int) -> _OpenShard:
-        name = self._shards[index]
-        arrays = self.column.map_shard(name)
-        where = self.column.path_of(name)
+        column, name = self._find(index)
+        arrays = column.map_shard(name)
+        where = column.path_of(name)
         checksum = expect_array(arrays, "checksum", np.dtype(np.uint64), (), where)
         found = tuple(
             expect_array(arrays, key, dtype, shape, where) for key, dtype, shape in self._row_arrays

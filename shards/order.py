@@ -10,11 +10,13 @@ Nothing is stored: a step's samples are computed from its number, in O(number of
 
 The remainder: an epoch of N samples leaves out N mod P of them (P is at most 64 by default), other
 ones every epoch; none is repeated within an epoch. Batches run on across the end of an epoch.
+
+Rows that are held out (`shards.held_out`) are no part of the line: what is left of their shards is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -102,6 +104,7 @@ class SampleOrder:
         global_batch_size: samples per step over all processes.
         num_partitions: P, from `choose_partitions`.
         window: samples that are shuffled together within a partition.
+        held_out: rows that never appear, ascending, by the index of their shard.
 
     Raises:
         UserError: fewer samples than partitions.
@@ -115,12 +118,19 @@ class SampleOrder:
         global_batch_size: int,
         num_partitions: int,
         window: int = DEFAULT_WINDOW,
+        held_out: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         assert global_batch_size % num_partitions == 0
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.num_partitions = num_partitions
         self.window = window
+        held_out = held_out or {}
+        # How many rows stay before each held-out one: what to search, to get over it.
+        self._kept_before = {s: rows - np.arange(len(rows)) for s, rows in held_out.items()}
+        lengths = np.array(lengths, dtype=np.int64)
+        for shard, rows in held_out.items():
+            lengths[shard] -= len(rows)
         num_samples = int(np.sum(lengths))
         self.partition_length = num_samples // num_partitions
         if self.partition_length == 0:
@@ -130,7 +140,7 @@ class SampleOrder:
                 wanted=f"at least {num_partitions}, one for each partition of the batch",
                 remedy=f"--global-batch-size {max(num_samples, 1)} or smaller, or more images",
             )
-        self._pieces = _cut_into_pieces(np.asarray(lengths, dtype=np.int64), 4 * num_partitions)
+        self._pieces = _cut_into_pieces(lengths, 4 * num_partitions)
         self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
         self._shuffled = lru_cache(maxsize=2 * num_partitions)(self._shuffle_window)
 
@@ -179,8 +189,17 @@ class SampleOrder:
             piece = np.searchsorted(layout.starts, places, side="right") - 1
             shards[members] = layout.shards[piece]
             rows[members] = layout.first_rows[piece] + places - layout.starts[piece]
+        self._step_over_held_out(shards, rows)
         shape = (num_steps, len(positions))
         return shards.reshape(shape), rows.reshape(shape)
+
+    def _step_over_held_out(self, shards: np.ndarray, rows: np.ndarray) -> None:
+        """Turn numbers among the rows that stay into rows of the whole shard, in place."""
+        concerned = np.isin(shards, list(self._kept_before))
+        for shard in set(shards[concerned].tolist()):
+            members = shards == shard
+            kept_before = self._kept_before[shard]
+            rows[members] += np.searchsorted(kept_before, rows[members], side="right")
 
     def shards_ahead(self, step: int, positions: range) -> Iterator[tuple[int, np.ndarray]]:
         """What a rank reads from a step on, window by window, without end.

@@ -10,24 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from shards.arrays import Arrays, repair_remedy
+from shards.arrays import Arrays
 from shards.batch import LatentBatch
 from shards.buffers import BufferPool
 from shards.canonical import canonical_json
-from shards.checksum import index_checksum
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Column, Dataset
-from shards.errors import CorruptFileError, DatasetError, UserError
+from shards.errors import DatasetError, UserError
 from shards.fetch_ahead import FetchAhead
-from shards.gather import MAX_OPEN_SHARDS, Allocate, RowGatherer, expect_array
+from shards.flip import draw_flips, expect_mirror, no_mirror
+from shards.gather import MAX_OPEN_SHARDS, Allocate, RowGatherer
+from shards.held_out import HeldOut
 from shards.order import DEFAULT_WINDOW, SampleOrder
 from shards.prefetch import prefetch
 from shards.quantize import latents_of, states_of
-from shards.storage import Location, is_remote
+from shards.row_index import caption_rows, ledger_rows, sample_keys
+from shards.storage import is_remote
 
 PREFETCH_DEPTH = 4
 STEPS_AT_A_TIME = 32  # located together; a batch alone would cost more to locate than to copy
-_INDEX = np.dtype(np.int32)
 
 
 class LatentReader:
@@ -44,6 +45,13 @@ class LatentReader:
         allocate: makes a batch's buffers from shape and dtype; pass one that makes pinned memory
             to let the copy to the device overlap. Default: memory that is used again.
         processes_sharing_cache: readers on this machine, where the dataset is remote.
+        held_out: samples that are never served but by `iter_held_out`.
+        flipped: the column of the mirrored images, for `flip_prob`.
+        flip_prob: probability that a sample comes mirrored; drawn anew every step.
+
+    Raises:
+        DatasetError: the dataset is not whole, or `flipped` is not the mirror of `image`.
+        UserError: fewer samples than partitions.
     """
 
     def __init__(
@@ -58,12 +66,20 @@ class LatentReader:
         window: int = DEFAULT_WINDOW,
         allocate: Allocate | None = None,
         processes_sharing_cache: int = 1,
+        held_out: HeldOut | None = None,
+        flipped: Column[ImageColumn] | None = None,
+        flip_prob: float = 0.0,
     ) -> None:
+        assert flipped or not flip_prob
         dataset.check_trainable(image, text)
+        if flipped and flip_prob:
+            expect_mirror(image, flipped)
         self.latent_shape = image.spec.latent_shape
         self.scaling_factor = image.spec.scaling_factor
         self._null = dataset.read_null(text)
         self._image, self._text = image, text
+        self._flipped, self._flip_prob = (flipped if flip_prob else None), flip_prob
+        self._held_out = held_out or HeldOut({})
         self._shards = sorted(image.shards)
         lengths = np.array([image.shards[shard]["rows"] for shard in self._shards], dtype=np.int64)
         self._first_sample = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -73,13 +89,16 @@ class LatentReader:
             global_batch_size=global_batch_size,
             num_partitions=num_partitions,
             window=window,
+            held_out=self._held_out_by_index(),
         )
         self.identity = self._identity(lengths)
+        images = [image] if self._flipped is None else [image, self._flipped]
+        self._columns: list[Column] = [*images, text]
         self._cache_share = image.cache.max_bytes // processes_sharing_cache
         max_open = self._num_shards_to_keep_open() if is_remote(dataset.path) else MAX_OPEN_SHARDS
         allocate = allocate or BufferPool()
-        self.image_rows = RowGatherer(image, self._shards, allocate, max_open)
-        self.text_rows = RowGatherer(text, self._shards, allocate, max_open)
+        self.image_rows = RowGatherer(images, self._shards, allocate, max_open * len(images))
+        self.text_rows = RowGatherer([text], self._shards, allocate, max_open)
         self._captions_of = lru_cache(maxsize=max_open)(self._read_captions)
         self._ahead: FetchAhead | None = None
 
@@ -90,14 +109,7 @@ class LatentReader:
         Raises:
             DatasetError: the dataset has token ids alone.
         """
-        if "states" not in self._null:
-            raise DatasetError(
-                self._text.dataset / self._text.column_id,
-                "token ids alone, no text encoder states",
-                wanted="states, or a text encoder that runs along",
-                remedy="--text ids",
-            )
-        return self._null["states"]
+        return expect_null_states(self._null, self._text)
 
     @property
     def null_input_ids(self) -> np.ndarray:
@@ -116,6 +128,10 @@ class LatentReader:
             "num_partitions": self.order.num_partitions,
             "window": self.order.window,
         }
+        if len(self._held_out):
+            facts["held_out"] = self._held_out.identity
+        if self._flipped:
+            facts |= {"flipped": self._flipped.column_id, "flip_prob": self._flip_prob}
         return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
 
     def epoch_at(self, step: int) -> float:
@@ -133,7 +149,7 @@ class LatentReader:
             for first in itertools.count(first_step, STEPS_AT_A_TIME):
                 located = self.order.locate_steps(first, STEPS_AT_A_TIME, positions)
                 for number, (shards, rows) in enumerate(zip(*located, strict=True)):
-                    yield self._gather(first + number, shards, rows)
+                    yield self._gather(first + number, positions, shards, rows)
         finally:
             if self._ahead:
                 self._ahead.stop()
@@ -145,12 +161,51 @@ class LatentReader:
             CorruptFileError: a shard is missing, cut short, or damaged in a row that is read.
             StorageError: a remote shard cannot be fetched.
         """
-        return self._gather(step, *self.order.locate(step, positions))
+        return self._gather(step, positions, *self.order.locate(step, positions))
 
-    def _gather(self, step: int, shards: np.ndarray, rows: np.ndarray) -> LatentBatch:
+    @property
+    def num_held_out(self) -> int:
+        """Samples that `iter_held_out` has."""
+        return len(self._held_out)
+
+    def iter_held_out(self, first: int, last: int, batch_size: int) -> Iterator[LatentBatch]:
+        """The held-out samples from `first` up to `last`, in a fixed order, never mirrored.
+
+        Args:
+            first: index among the held-out samples.
+            last: index behind the last one, at most `num_held_out`.
+            batch_size: rows of each batch but the last one. Their `step` is -1.
+        """
+        assert 0 <= first <= last <= self.num_held_out
+        by_index = self._held_out_by_index()
+        shards = np.repeat(list(by_index), [len(rows) for rows in by_index.values()])
+        rows = np.concatenate([*by_index.values(), np.empty(0, np.int64)])
+        for start in range(first, last, batch_size):
+            chosen = slice(start, min(start + batch_size, last))
+            yield self._gather_rows(-1, shards[chosen], rows[chosen], shards[chosen])
+
+    def _held_out_by_index(self) -> dict[int, np.ndarray]:
+        index = {name: number for number, name in enumerate(self._shards)}
+        return {index[name]: np.array(rows) for name, rows in self._held_out.rows.items()}
+
+    def _gather(
+        self, step: int, positions: range, shards: np.ndarray, rows: np.ndarray
+    ) -> LatentBatch:
         if self._ahead:
             self._ahead.reach(step)
-        latents = self.image_rows.gather(shards, rows)
+        image_shards = shards
+        if self._flipped:
+            order = self.order
+            flips = draw_flips(
+                order.seed, step, positions, order.global_batch_size, self._flip_prob
+            )
+            image_shards = shards + len(self._shards) * flips
+        return self._gather_rows(step, shards, rows, image_shards)
+
+    def _gather_rows(
+        self, step: int, shards: np.ndarray, rows: np.ndarray, image_shards: np.ndarray
+    ) -> LatentBatch:
+        latents = self.image_rows.gather(image_shards, rows)
         text = self.text_rows.gather(shards, self._caption_rows(shards, rows))
         states: Any = None
         if self._text.spec.storage_dtype == "int8":
@@ -171,6 +226,17 @@ class LatentReader:
         numbers: np.ndarray = self._first_sample[shards] + rows
         return numbers
 
+    def places_of(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard index and row of samples given by their numbers, int64 [B] each."""
+        shards = np.searchsorted(self._first_sample, samples, side="right") - 1
+        return shards, samples - self._first_sample[shards]
+
+    def keys_of(self, samples: np.ndarray) -> list[str]:
+        """`<shard>/<key>` of samples given by their numbers, from the ledger."""
+        shards, rows = self.places_of(samples)
+        names = [self._shards[shard] for shard in shards.tolist()]
+        return sample_keys(self._image, names, rows.tolist())
+
     def _caption_rows(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Rows of the text column that belong to rows of the image column."""
         found = np.empty_like(rows)
@@ -182,32 +248,17 @@ class LatentReader:
     def _read_captions(self, index: int) -> np.ndarray:
         """For each image row of a shard its row in the text column; checked once."""
         name = self._shards[index]
-        image, text = self._image.map_shard(name), self._text.map_shard(name)
-        image_path, text_path = self._image.path_of(name), self._text.path_of(name)
-        row = expect_array(image, "row", _INDEX, (), image_path)
-        caption = expect_array(text, "caption", _INDEX, (), text_path)
-        num_rows, num_source_rows = (self._image.shards[name][key] for key in ("rows", "rows_in"))
-        num_captions = len(expect_array(text, "checksum", np.dtype(np.uint64), (), text_path))
-        _expect_within(row, num_rows, num_source_rows, "row", image_path)
-        if len(caption) != num_source_rows:
-            raise CorruptFileError(
-                text_path,
-                f"{len(caption)} captions",
-                wanted=f"{num_source_rows}, one for each row of the ledger",
-                remedy=repair_remedy(text_path),
-            )
-        captions = np.asarray(caption)[row]
-        _expect_within(captions, num_rows, num_captions, "caption of an image row", text_path)
-        _expect_checksum(row, image, image_path)
-        _expect_checksum(caption, text, text_path)
-        return captions
+        if self._flipped:
+            row, mirrored = (ledger_rows(column, name) for column in (self._image, self._flipped))
+            if not np.array_equal(row, mirrored):
+                raise no_mirror(self._flipped.path_of(name), "other rows", self._image)
+        return caption_rows(self._image, self._text, name)
 
     def _start_fetching(self, first_step: int, positions: range) -> FetchAhead:
         """Fetch ahead of need; refuse a cache that cannot hold what one window needs."""
-        columns: list[Column] = [self._image, self._text]
         _, window = next(self.order.shards_ahead(first_step, positions))
         names = [self._shards[index] for index in window.tolist()]
-        needed = sum(column.shards[name]["bytes"] for column in columns for name in names)
+        needed = sum(column.shards[name]["bytes"] for column in self._columns for name in names)
         if needed > self._cache_share:
             raise UserError(
                 self._image.cache.folder,
@@ -218,34 +269,27 @@ class LatentReader:
                 "in mid-run)",
             )
         ahead = self.order.shards_ahead(first_step, positions)
-        return FetchAhead(columns, self._shards, ahead, self._cache_share)
+        return FetchAhead(self._columns, self._shards, ahead, self._cache_share)
 
     def _num_shards_to_keep_open(self) -> int:
         """As many as fit into the cache: a map keeps the disk space of a file that was deleted."""
         largest = max(
-            self._image.shards[shard]["bytes"] + self._text.shards[shard]["bytes"]
-            for shard in self._shards
+            sum(column.shards[shard]["bytes"] for column in self._columns) for shard in self._shards
         )
         return min(max(self._cache_share // max(largest, 1), 1), MAX_OPEN_SHARDS)
 
 
-def _expect_checksum(index: np.ndarray, arrays: Arrays, where: Location) -> None:
-    """A wrong index would give a sample another one's caption, and nothing else would tell."""
-    if not np.array_equal(index_checksum(index), arrays.get("index_checksum", ())):
-        raise CorruptFileError(
-            where, "its index does not match its checksum", remedy=repair_remedy(where)
-        )
+def expect_null_states(null: Arrays, text: Column[TextColumn]) -> np.ndarray:
+    """The states in what a text column stores of the empty caption.
 
-
-def _expect_within(indices: np.ndarray, length: int, size: int, name: str, where: Location) -> None:
-    wrong = np.flatnonzero((indices < 0) | (indices >= size))
-    if len(indices) != length or len(wrong):
-        found = f"{len(indices)} entries"
-        if len(wrong):
-            found = f"{indices[wrong[0]]} at row {wrong[0]}"
-        raise CorruptFileError(
-            where,
-            f"{name}: {found}",
-            wanted=f"{length} indices below {size}",
-            remedy=repair_remedy(where),
+    Raises:
+        DatasetError: there are token ids alone.
+    """
+    if "states" not in null:
+        raise DatasetError(
+            text.dataset / text.column_id,
+            "token ids alone, no text encoder states",
+            wanted="states, or a text encoder that runs along",
+            remedy="--text ids",
         )
+    return null["states"]

@@ -1,4 +1,4 @@
-"""Ending a command politely: SIGTERM, or Ctrl-C, asks for a stop at the next good moment."""
+"""Ending a command politely: a signal asks for a stop at the next good moment."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 
 
 class StopOnSignal:
-    """While entered, either signal only sets `requested`; a second Ctrl-C interrupts."""
+    """While entered, SIGTERM and Ctrl-C only set `requested`; a second Ctrl-C interrupts.
 
-    def __init__(self) -> None:
+    Args:
+        also: further signals that ask for a stop, such as the SIGUSR1 of `sbatch --signal`.
+    """
+
+    def __init__(self, *also: signal.Signals) -> None:
         self.requested = False
+        self._signals = (signal.SIGTERM, signal.SIGINT, *also)
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._signals:
             self._before[number] = signal.signal(number, self._request)
         return self
 

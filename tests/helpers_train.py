@@ -94,6 +94,9 @@ class MemoryBatches:
     def epoch_at(self, step: int) -> float:
         return step / 10
 
+    def keys_of(self, samples: np.ndarray) -> list[str]:
+        return [f"memory/{number}" for number in samples]
+
     def iter_batches(self, first_step: int, positions: range) -> Iterator[LatentBatch]:
         step = first_step
         while True:
@@ -151,7 +154,7 @@ def flags(**settings: Any) -> list[str]:
 
 
 def newest_checkpoint(run: Path | str) -> Path:
-    return checkpoints_of(Path(run))[-1]
+    return Path(checkpoints_of(Path(run))[-1].path)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:

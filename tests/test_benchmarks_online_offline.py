@@ -15,6 +15,7 @@ from benchmarks.online_offline import check_equal_losses, totals
 from benchmarks.result import spread
 from precompute.model_folder import ModelFolder
 from precompute.online import OnlineBatches
+from precompute.online_samples import samples_of_dataset
 from shards.column import ImageColumn, TextColumn
 from shards.dataset import Dataset
 from shards.errors import UserError
@@ -48,8 +49,9 @@ def open_sources(latents: Path, batch_size: int) -> tuple[LatentReader, OnlineBa
     reader = LatentReader(
         dataset, image, text, seed=3, global_batch_size=batch_size, num_partitions=4
     )
-    device = torch.device("cpu")
-    online = OnlineBatches(reader, image, text, device=device, dtype=torch.float32, num_workers=2)
+    online = OnlineBatches(
+        samples_of_dataset(reader, image), image, text, device=torch.device("cpu"), num_workers=2
+    )
     return reader, online
 
 

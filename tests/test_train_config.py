@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from shards.errors import UserError
 from train.config import TrainConfig
 from train.main import parse
+from train.objective import Objective
 from train.presets import PRESETS, preset
 from train.unet import build_unet, load_unet_config
 
@@ -26,6 +28,10 @@ PUBLISHED_SD2 = {
     "prediction_type": "epsilon",
     "min_snr_gamma": 0.0,
     "caption_drop_prob": 0.1,
+    "adam_eps": 1e-8,
+    "snr_shift": 1.0,
+    "offset_noise": 0.0,
+    "zero_terminal_snr": False,
 }
 PUBLISHED_PHASES = {
     "sd2-base-256": {"resolution": 256, "max_steps": 550_000, "ema_decay": 0.0},
@@ -36,6 +42,42 @@ PUBLISHED_PHASES = {
         "ema_start_step": 800_000,
     },
 }
+PUBLISHED_OTHERS = {
+    # The model card of stable-diffusion-v1-5, and CompVis' trainer for average and optimizer.
+    "sd15-512": {
+        "unet": "sd15",
+        "resolution": 512,
+        "max_steps": 595_000,
+        "global_batch_size": 2048,
+        "learning_rate": 1e-4,
+        "warmup_steps": 10_000,
+        "lr_schedule": "constant",
+        "weight_decay": 0.01,
+        "adam_betas": (0.9, 0.999),
+        "caption_drop_prob": 0.1,
+        "prediction_type": "epsilon",
+        "ema_decay": 0.9999,
+        "ema_start_step": 0,
+    },
+    # mlcommons/training, stable_diffusion, and the reference convergence points at batch 512.
+    "mlperf-sd2-512": {
+        "unet": "sd2-base",
+        "resolution": 512,
+        "global_batch_size": 512,
+        "learning_rate": 1.25e-7 * 512,
+        "warmup_steps": 1000,
+        "lr_schedule": "constant",
+        "weight_decay": 0.01,
+        "adam_betas": (0.9, 0.999),
+        "adam_eps": 1e-8,
+        "prediction_type": "v_prediction",
+        "min_snr_gamma": 0.0,
+        "caption_drop_prob": 0.0,
+        "ema_decay": 0.0,
+        "max_grad_norm": 0.0,
+    },
+}
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def parameters_of(name: str, latent_size: int) -> int:
@@ -53,8 +95,53 @@ def test_the_sd2_presets_are_the_published_recipe(name):
     assert {field: config[field] for field in published} == published
 
 
+@pytest.mark.parametrize("name", PUBLISHED_OTHERS)
+def test_the_other_presets_are_published_recipes(name):
+    config = dataclasses.asdict(preset(name))
+    published = PUBLISHED_OTHERS[name]
+    found = {field: config[field] for field in published}
+    assert found.pop("learning_rate") == pytest.approx(published["learning_rate"], rel=1e-12)
+    assert found == {name: value for name, value in published.items() if name != "learning_rate"}
+
+
+def test_mlperfs_slowest_reference_run_fits_into_the_preset():
+    config = preset("mlperf-sd2-512")
+    assert config.max_steps * config.global_batch_size == 3_072_000
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED_PHASES, *PUBLISHED_OTHERS])
+def test_every_published_recipe_is_on_stable_diffusions_noise_schedule(name):
+    scheduler = Objective(preset(name), torch.device("cpu")).scheduler_config()
+    assert {field: scheduler[field] for field in SCHEDULE} == SCHEDULE
+    assert scheduler["num_train_timesteps"] == 1000
+    assert scheduler["prediction_type"] == preset(name).prediction_type
+
+
 def test_no_preset_escapes_a_comparison_with_its_published_numbers():
-    assert PRESETS.keys() == {"tiny"} | PUBLISHED_PHASES.keys()
+    assert PRESETS.keys() == {"tiny"} | PUBLISHED_PHASES.keys() | PUBLISHED_OTHERS.keys()
+
+
+def test_the_sd15_unet_has_the_published_number_of_parameters():
+    assert parameters_of("sd15", 64) == 859_520_964
+    assert load_unet_config("sd15")["cross_attention_dim"] == 768
+
+
+CONTRADICTIONS = [
+    ({"zero_terminal_snr": True}, "--zero-terminal-snr"),
+    ({"zero_terminal_snr": True, "prediction_type": "flow"}, "--zero-terminal-snr"),
+    ({"prediction_type": "flow", "min_snr_gamma": 5.0}, "--min-snr-gamma"),
+    ({"sharding": "zero2", "compile": "full"}, "--compile regional"),
+    ({"checkpoint_format": "sharded"}, "--sharding zero2"),
+    ({"random_crop": True}, "--online"),
+    ({"online": "x.tar", "follow": True}, "--follow"),
+    ({"low_precision_norm": True, "mixed_precision": "no"}, "--low-precision-norm"),
+]
+
+
+@pytest.mark.parametrize(("settings", "named"), CONTRADICTIONS, ids=str)
+def test_settings_that_contradict_each_other_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        TrainConfig(**settings)
 
 
 @pytest.mark.parametrize("latent_size", [32, 64])
@@ -133,6 +220,16 @@ REJECTED = [
     ("ema_decay", 1.5),
     ("ema_start_step", -1),
     ("num_samples", -1),
+    ("flip_prob", 1.1),
+    ("snr_shift", 0.0),
+    ("snr_shift", float("nan")),
+    ("offset_noise", -0.1),
+    ("adam_eps", -1e-8),
+    ("ema_every", 0),
+    ("keep_every", -1),
+    ("validation_samples", -1),
+    ("sample_every", -1),
+    ("max_restarts", -1),
 ]
 
 
@@ -177,7 +274,7 @@ def test_help_names_every_flag(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')} " in text
+        assert re.search(rf"--{field.name.replace('_', '-')}[ ,\n]", text), field.name
 
 
 def test_the_weights_follow_from_the_seed_and_leave_torchs_generator_alone():
@@ -200,7 +297,7 @@ def test_a_file_that_is_no_unet_configuration_is_refused(tmp_path, text):
 
 def test_an_unknown_unet_is_refused_with_the_shipped_ones(tmp_path):
     for name in ("huge", str(tmp_path / "missing.json")):
-        with pytest.raises(UserError, match=r"one of sd2-base, tiny, or a path"):
+        with pytest.raises(UserError, match=r"one of sd15, sd2-base, tiny, or a path"):
             load_unet_config(name)
 
 

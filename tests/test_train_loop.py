@@ -1,16 +1,25 @@
+import itertools
+import json
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from helpers_train import MemoryBatches, run_on_memory, small_config
+from helpers_train import (
+    MemoryBatches,
+    assert_same_bits,
+    newest_checkpoint,
+    run_on_memory,
+    small_config,
+    tensors_of,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +29,9 @@ from train.config import TrainConfig
 from train.draws import draw
 from train.interval import Interval
 from train.metrics import read_metrics
-from train.objective import SCHEDULER_CONFIG
 from train.trainer import Trainer, build_accelerator, train
+
+EMA_FROM_SIX = {"ema_decay": 0.9, "ema_start_step": 6}
 
 
 def trainer_of(config: TrainConfig, **source: Any) -> Trainer:
@@ -33,13 +43,17 @@ def losses_of(trainer: Trainer) -> list[float]:
 
 
 def gradients_at_updates(trainer: Trainer) -> list[list[torch.Tensor]]:
-    """Fills, as the trainer runs, with what reaches the optimizer at each update."""
+    """Fills, as the trainer runs, with what the optimizer makes of the gradients at each update.
+
+    Its kernel divides them, to clip, as it reads them, and writes them back.
+    """
     seen: list[list[torch.Tensor]] = []
 
     def remember(*_: Any) -> None:
-        seen.append([p.grad.clone() for p in trainer.unet.parameters() if p.grad is not None])
+        masters = trainer.model.weights.tensors.values()
+        seen.append([w.grad.clone() for w in masters if w.grad is not None])
 
-    trainer.optimizer.register_step_pre_hook(remember)
+    trainer.model.update.optimizer.register_step_post_hook(remember)
     return seen
 
 
@@ -64,8 +78,8 @@ def test_one_step_is_the_diffusers_recipe(tmp_path, prediction_type):
     )
     trainer, source = trainer_of(config), MemoryBatches()
     calls: list[tuple[tuple[torch.Tensor, ...], torch.Tensor]] = []
-    trainer.unet.register_forward_hook(
-        lambda _, inputs, output: calls.append((inputs, output.sample.detach()))
+    trainer.model.unet.register_forward_hook(
+        lambda _, inputs, output: calls.append((inputs, output[0].detach()))
     )
     trainer.run(1)
     (noisy_latents, timesteps, encoder_hidden_states), model_pred = calls[0]
@@ -83,7 +97,7 @@ def test_one_step_is_the_diffusers_recipe(tmp_path, prediction_type):
     )
     posterior = DiagonalGaussianDistribution(torch.from_numpy(batch.moments).float())
     latents = (posterior.mean + posterior.std * draws.posterior_noise) * source.scaling_factor
-    scheduler = DDPMScheduler.from_config({**SCHEDULER_CONFIG, "prediction_type": prediction_type})
+    scheduler = DDPMScheduler.from_config(trainer.model.scheduler_config)
     expected_states = torch.from_numpy(batch.states).float()
     expected_states[draws.drop_caption] = torch.from_numpy(source.null_states).float()
     velocity = scheduler.get_velocity(latents, draws.noise, draws.timesteps)
@@ -161,7 +175,7 @@ def test_the_optimizer_is_adamw_at_the_scheduled_rate(tmp_path):
         tmp_path, warmup_steps=4, learning_rate=1e-2, weight_decay=0.1, adam_betas=(0.8, 0.95)
     )
     trainer = trainer_of(config)
-    expected = [p.detach().clone().requires_grad_() for p in trainer.unet.parameters()]
+    expected = [p.detach().clone().requires_grad_() for p in trainer.model.unet.parameters()]
     gradients = gradients_at_updates(trainer)
     trainer.run(2)
     reference = torch.optim.AdamW(expected, betas=(0.8, 0.95), weight_decay=0.1)
@@ -170,61 +184,108 @@ def test_the_optimizer_is_adamw_at_the_scheduled_rate(tmp_path):
         for weight, gradient in zip(expected, gradients[step], strict=True):
             weight.grad = gradient
         reference.step()
-    for weight, parameter in zip(expected, trainer.unet.parameters(), strict=True):
+    for weight, parameter in zip(expected, trainer.model.unet.parameters(), strict=True):
         torch.testing.assert_close(parameter, weight, rtol=1e-4, atol=1e-6)
 
 
-def test_bf16_autocast_stays_near_float32_and_keeps_float32_weights(tmp_path):
-    settings = {"max_steps": 4, "learning_rate": 1e-4}
+@pytest.mark.parametrize("precision", ["bf16", "bf16-weights", "fp16"])
+@pytest.mark.parametrize("micro_batch_size", [0, 4])
+def test_low_precision_stays_near_float32(tmp_path, precision, micro_batch_size):
+    settings = {"max_steps": 3, "learning_rate": 1e-4, "micro_batch_size": micro_batch_size}
     exact = losses_of(run_on_memory(small_config(tmp_path / "exact", **settings)))
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
-    try:
-        trainer = run_on_memory(small_config(tmp_path / "bf16", mixed_precision="bf16", **settings))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    config = small_config(tmp_path / "low", mixed_precision=precision, **settings)
+    trainer = run_on_memory(config)
     rounded = losses_of(trainer)
     assert rounded != exact
     assert rounded == [pytest.approx(loss, rel=0.02) for loss in exact]
-    assert {p.dtype for p in trainer.unet.parameters()} == {torch.float32}
+    masters = {w.dtype for w in trainer.model.weights.tensors.values()}
+    parameters = {p.dtype for p in trainer.model.unet.parameters()}
+    assert masters == {torch.float32}
+    assert parameters == {torch.bfloat16 if precision == "bf16-weights" else torch.float32}
 
 
 # What is not finite -------------------------------------------------------------------------------
 
 
 class PoisonedBatches(MemoryBatches):
-    """Latents turn infinite at one step, in which a signal may come as well."""
+    """Latents turn infinite at one step, of all samples or one; a signal may come as well."""
 
-    def __init__(self, poisoned_step: int, signal_number: int = 0) -> None:
+    def __init__(self, poisoned_step: int, signal_number: int = 0, sample: int = -1) -> None:
         super().__init__(before_batch=self._poison)
         self._poisoned_step, self._signal_number = poisoned_step, signal_number
+        self._samples = slice(sample, sample + 1) if sample >= 0 else slice(None)
 
     def _poison(self, step: int) -> None:
         if step == self._poisoned_step:
-            self.moments = np.full_like(self.moments, np.inf)
+            self.moments = self.moments.copy()
+            self.moments[self._samples] = np.inf
             os.kill(os.getpid(), self._signal_number)  # signal 0 only asks whether we are there
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_the_next_log(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(tmp_path):
     config = small_config(tmp_path, max_steps=20, log_every=4, checkpoint_every=4)
-    with pytest.raises(UserError, match=r"between steps 4 and 8 is not finite.*--learning-rate"):
+    with pytest.raises(UserError, match=r"at step 5 the loss of .*--learning-rate") as end:
         train(config, PoisonedBatches(5))
-    assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["000004"]
+    assert "memory/25, memory/26, memory/27, memory/28 and 4 more" in str(end.value)
+    keys = [f"memory/{number}" for number in range(25, 33)]
+    assert json.loads((tmp_path / "run" / "broken-batch.json").read_text()) == {
+        "step": 5,
+        "keys": keys,
+        "keys_with_loss_not_finite": keys,
+    }
+    assert [found.step for found in checkpoints_of(tmp_path / "run")] == [4]
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4]
+
+
+def test_the_one_sample_to_blame_is_named(tmp_path):
+    config = small_config(tmp_path, max_steps=8, log_every=8, micro_batch_size=2)
+    with pytest.raises(UserError, match=r"at step 2 the loss of memory/13 is not finite"):
+        train(config, PoisonedBatches(2, sample=13))
+    document = json.loads((tmp_path / "run" / "broken-batch.json").read_text())
+    assert document["keys"] == [f"memory/{number}" for number in range(10, 18)]
+    assert document["keys_with_loss_not_finite"] == ["memory/13"]
+
+
+def test_the_optimizer_never_sees_what_is_not_finite(tmp_path):
+    """Weights, moments and counters at the end are those before the broken step."""
+    config = small_config(tmp_path, max_steps=20, log_every=20, checkpoint_every=20)
+    trainer = trainer_of(config)
+    trainer.run(5)
+    before = {name: weight.clone() for name, weight in trainer.model.weights.tensors.items()}
+    broken = Trainer(config, PoisonedBatches(5), build_accelerator(config))
+    with pytest.raises(UserError, match="at step 5"):
+        broken.run(20)
+    for name, weight in broken.model.weights.tensors.items():
+        assert torch.equal(weight, before[name])
+    counters = {state["step"].item() for state in broken.model.update.optimizer.state.values()}
+    assert counters == {5.0}
 
 
 @pytest.mark.parametrize("log_every", [50, 8])
 def test_poisoned_weights_are_never_saved(tmp_path, log_every):
     config = small_config(tmp_path, max_steps=20, log_every=log_every, checkpoint_every=2)
-    with pytest.raises(UserError, match=r"not finite|not saved"):
+    with pytest.raises(UserError, match="at step 5"):
         train(config, PoisonedBatches(5))
-    assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["000002", "000004"]
+    assert [found.step for found in checkpoints_of(tmp_path / "run")] == [2, 4]
     assert not (tmp_path / "run" / "unet").exists()
 
 
 def test_a_stop_after_poison_saves_nothing(tmp_path):
-    with pytest.raises(UserError, match="not saved"):
+    with pytest.raises(UserError, match="at step 2"):
         train(small_config(tmp_path, log_every=50), PoisonedBatches(2, signal.SIGTERM))
     assert not checkpoints_of(tmp_path / "run")
+
+
+def test_a_float16_overflow_is_left_out_counted_and_survived(tmp_path):
+    config = small_config(tmp_path, mixed_precision="fp16", max_steps=6, log_every=3)
+    trainer = trainer_of(config)
+    trainer.model.update.loss_scale.fill_(2.0**60)
+    trainer.run(6)
+    first, second = read_metrics(trainer.run_dir / "metrics.jsonl")
+    assert first["train/updates_left_out"] == 3
+    assert first["train/grad_norm"] == 0
+    assert first["train/loss_scale"] == 2.0**57
+    assert np.isfinite([first["train/loss"], second["train/loss"]]).all()
 
 
 # What is measured ---------------------------------------------------------------------------------
@@ -257,8 +318,10 @@ def test_rates_follow_from_the_clock(monkeypatch):
     interval = Interval(10, torch.device("cpu"))
     with interval.waiting():
         now[0] += 1.0
+    with interval.paused():
+        now[0] += 50.0
     now[0] += 3.0
-    row = interval.close(18, loss=4.0, grad_norm=16.0, global_batch_size=32)
+    row = interval.close(18, [4.0, 16.0, 0.0], global_batch_size=32)
     assert row["train/loss"] == 0.5
     assert row["train/grad_norm"] == 2.0
     assert row["perf/iters_per_sec"] == 2.0
@@ -266,11 +329,48 @@ def test_rates_follow_from_the_clock(monkeypatch):
     assert row["perf/data_wait_frac"] == 0.25
 
 
-@pytest.mark.parametrize(("loss", "grad_norm"), [(np.nan, 1.0), (1.0, np.inf), (np.inf, -np.inf)])
-def test_an_interval_with_a_number_that_is_not_finite_cannot_be_closed(loss, grad_norm):
-    interval = Interval(0, torch.device("cpu"))
-    with pytest.raises(UserError, match="not finite"):
-        interval.close(1, loss=loss, grad_norm=grad_norm, global_batch_size=1)
+def test_mfu_is_counted_work_over_measured_speed(tmp_path):
+    trainer = trainer_of(small_config(tmp_path, max_steps=2))
+    trainer.run(2)
+    record = json.loads((trainer.run_dir / "config.json").read_text())
+    for row in read_metrics(trainer.run_dir / "metrics.jsonl"):
+        achieved = row["perf/images_per_sec"] * record["flops_per_image"]
+        assert row["perf/mfu"] == pytest.approx(achieved / record["matmul_flops_per_sec"])
+
+
+def test_an_observer_sees_the_run_and_its_figures_are_kept(tmp_path):
+    seen: list[int] = []
+
+    class Observer:
+        every = 4
+
+        def observe(self, trainer: Trainer) -> dict[str, float]:
+            seen.append(trainer.step)
+            weights = trainer.model.weights_on_host("raw")
+            assert weights is not None
+            assert weights.keys() == trainer.model.weights.tensors.keys()
+            assert (trainer.model.weights_on_host("ema") is None) == (trainer.step < 6)
+            return {"val/figure": float(trainer.step)}
+
+    plain = run_on_memory(small_config(tmp_path / "plain", max_steps=10, **EMA_FROM_SIX))
+    config = small_config(tmp_path / "seen", max_steps=10, **EMA_FROM_SIX)
+    watched = train(config, MemoryBatches(), observers=[Observer()])
+    assert seen == [4, 8, 10]
+    rows = read_metrics(watched.run_dir / "metrics.jsonl")
+    assert [row["val/figure"] for row in rows if "val/figure" in row] == [4, 8, 10]
+    assert_same_bits(*(tensors_of(newest_checkpoint(t.run_dir)) for t in (plain, watched)))
+
+
+def test_data_that_ends_because_it_was_told_to_ends_the_run_politely(tmp_path, capsys):
+    class Ending(MemoryBatches):
+        def iter_batches(self, first_step: int, positions: range) -> Iterator[Any]:
+            yield from itertools.islice(super().iter_batches(first_step, positions), 3)
+
+    config = small_config(tmp_path, max_steps=6)
+    trainer = train(config, Ending())
+    assert trainer.step == 3
+    assert "the same command continues" in capsys.readouterr().out
+    assert run_on_memory(config).step == 6
 
 
 # The host never waits -----------------------------------------------------------------------------
@@ -311,7 +411,10 @@ class PythonReads(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 4])
-def test_no_step_between_two_logs_reads_a_value_on_the_host(tmp_path, micro_batch_size):
+@pytest.mark.parametrize(
+    "settings", [{}, {"mixed_precision": "bf16-weights"}, {"mixed_precision": "fp16"}], ids=str
+)
+def test_no_step_between_two_logs_reads_a_value_on_the_host(tmp_path, micro_batch_size, settings):
     config = small_config(
         tmp_path,
         max_steps=30,
@@ -319,7 +422,10 @@ def test_no_step_between_two_logs_reads_a_value_on_the_host(tmp_path, micro_batc
         ema_decay=0.9,
         min_snr_gamma=5.0,
         caption_drop_prob=0.5,
+        offset_noise=0.1,
+        timestep_sampling="sobol",
         micro_batch_size=micro_batch_size,
+        **settings,
     )
     reads: list[tuple[Counter[str], Counter[str]]] = []
     operators, methods = OperatorReads(), PythonReads()

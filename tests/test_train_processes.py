@@ -21,6 +21,7 @@ from helpers_train import (
     tensors_of,
     write_unet,
 )
+from safetensors.torch import load_file
 
 from shards.batch import LatentBatch
 from shards.dataset import Dataset
@@ -41,6 +42,19 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 3,
     "keep_checkpoints": 9,
     "micro_batch_size": 2,
+}
+
+
+ZERO2 = {"sharding": "zero2"}
+PIECES = {**ZERO2, "checkpoint_format": "sharded"}
+TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
+    "fresh": {},
+    "continued": {},
+    "stopped": {"ema_start_step": 0},
+    "zero2": ZERO2,
+    "pieces": PIECES,
+    "low": {"mixed_precision": "bf16-weights"},
+    "low-zero2": {"mixed_precision": "bf16-weights", **ZERO2},
 }
 
 
@@ -80,14 +94,21 @@ def two_processes(folder: Path, data: str) -> None:
         finish(trainer)
 
     Trainer.finish = finish_late
-    for name in ("fresh", "continued", "stopped"):
-        config = config_in(folder / name, data)
+    for name, changes in TWO_PROCESS_RUNS.items():
+        config = config_in(folder / name, data, **changes)
         reader = reader_of(config)
         before_batch = interrupted_at(2 if name == "stopped" and rank == 1 else -1)
         seen = record(reader, rank, before_batch)
         trainer = train(config, reader, accelerator)
         accelerator.wait_for_everyone()
         seen["step"] = trainer.step
+        seen["masters"] = sum(w.numel() for w in trainer.model.weights.tensors.values())
+        seen["moments"] = sum(
+            moment.numel()
+            for state in trainer.model.update.optimizer.state.values()
+            for moment in (state["exp_avg"], state["exp_avg_sq"])
+        )
+        seen["average"] = sum(w.numel() for w in trainer.model.average.weights.values())
         (folder / f"{name}-{rank}.json").write_text(json.dumps(seen))
     config = config_in(folder / "refused", data, global_batch_size=9)
     try:
@@ -180,6 +201,54 @@ def test_rates_are_not_multiplied_by_the_number_of_processes(runs):
     assert first_six_steps > seconds[5] - seconds[0]
     for row in rows:
         assert row["perf/images_per_sec"] == pytest.approx(8 * row["perf/iters_per_sec"])
+
+
+def test_zero2_has_the_losses_of_one_process(runs):
+    alone = losses_of(runs / "alone")
+    for name in ("zero2", "pieces"):
+        found = losses_of(runs / name)
+        assert list(found) == [2, 4, 6, 8]
+        assert found == {step: pytest.approx(alone[step], rel=1e-4) for step in found}
+
+
+def test_zero2_halves_masters_optimizer_and_average(runs):
+    (whole, *_), halves = rank_files(runs, "fresh"), rank_files(runs, "zero2")
+    assert [rank["masters"] for rank in rank_files(runs, "fresh")] == [whole["masters"]] * 2
+    for what in ("masters", "moments", "average"):
+        assert sum(half[what] for half in halves) == whole[what]
+        assert max(half[what] for half in halves) < 0.501 * whole[what]
+
+
+def test_low_precision_weights_average_their_float32_sums(runs):
+    """Accumulated gradients of two processes, against autocast's of one."""
+    alone = losses_of(runs / "alone")
+    for name in ("low", "low-zero2"):
+        found = losses_of(runs / name)
+        assert found == {step: pytest.approx(alone[step], rel=0.01) for step in found}
+
+
+def test_what_two_processes_wrote_in_pieces_one_process_continues(runs):
+    alone = losses_of(runs / "alone")
+    for name in ("pieces", "zero2"):
+        newest = newest_checkpoint(runs / name / "run")
+        assert newest.name == "000008"
+        shutil.copytree(runs / name, runs / f"{name}-then-one")
+        config = config_in(runs / f"{name}-then-one", str(runs / "latents"), max_steps=12)
+        train(config, reader_of(config))
+        continued = losses_of(runs / f"{name}-then-one")
+        assert list(continued) == [2, 4, 6, 8, 10, 12]
+        for step in (10, 12):
+            assert continued[step] == pytest.approx(alone[step], rel=1e-4)
+
+
+def test_a_run_in_pieces_is_exported_whole(runs):
+    whole, pieces = (
+        load_file(runs / name / "run" / "unet" / "diffusion_pytorch_model.safetensors")
+        for name in ("zero2", "pieces")
+    )
+    assert whole.keys() == pieces.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, pieces[name], rtol=1e-5, atol=1e-7)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(runs):

@@ -92,6 +92,7 @@ def argv_for(folder: Path, data: Path, **changes: Any) -> list[str]:
         "log_every": 1,
         "caption_drop_prob": 0.3,
         "num_samples": 0,
+        "validation_samples": 0,
     }
     return ["tiny", *flags(**(settings | changes))]
 

@@ -212,6 +212,10 @@ class TrainConfig:
                 "--sharding zero2 gathers weights between blocks; --compile regional goes with it",
             ),
             (
+                self.low_precision_norm and self.mixed_precision not in ("auto", "fp16", "bf16"),
+                "--low-precision-norm belongs to --mixed-precision fp16 or bf16",
+            ),
+            (
                 self.checkpoint_format == "sharded" and self.sharding == "off",
                 "--checkpoint-format sharded needs --sharding zero2",
             ),

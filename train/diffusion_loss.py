@@ -33,6 +33,7 @@ class DiffusionLoss(nn.Module):
         autocast: bool = False,
     ) -> None:
         super().__init__()
+        self.null_states: Tensor
         self.unet = unet
         self.objective = objective
         self.scaling_factor = scaling_factor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -11,9 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from shards.errors import UserError
-
 Row = dict[str, float]
+SUMS = ("loss", "grad_norm", "left_out")
 
 
 class Interval:
@@ -22,12 +20,14 @@ class Interval:
     Args:
         first_step: updates done when it was opened; kept.
         device: where losses are.
+
+    Attributes:
+        sums: [3], see `SUMS`; the loss is this process's, the others are the same on all.
     """
 
     def __init__(self, first_step: int, device: torch.device) -> None:
         self.first_step, self._device = first_step, device
-        self.loss_sum = torch.zeros((), device=device)
-        self.grad_norm_sum = torch.zeros((), device=device)
+        self.sums = torch.zeros(len(SUMS), device=device)
         self.start_clock(first_step)
 
     def start_clock(self, step: int) -> None:
@@ -35,11 +35,10 @@ class Interval:
         self._clock_step, self._wait_sec = step, 0.0
         self._start = time.perf_counter()
 
-    def restore(self, first_step: int, loss_sum: float, grad_norm_sum: float) -> None:
+    def restore(self, first_step: int, sums: list[float]) -> None:
         """Take over the sums of an interval that was open when a checkpoint was written."""
         self.first_step = first_step
-        self.loss_sum.fill_(loss_sum)
-        self.grad_norm_sum.fill_(grad_norm_sum)
+        self.sums.copy_(torch.tensor(sums))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -48,39 +47,41 @@ class Interval:
         yield
         self._wait_sec += time.perf_counter() - start
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add a micro-batch's share of a step's loss."""
-        self.loss_sum += loss.detach()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count: the run is looked at, not trained."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
-    def close(self, step: int, loss: float, grad_norm: float, global_batch_size: int) -> Row:
+    def add(self, loss: Tensor, grad_norm: Tensor, left_out: Tensor) -> None:
+        """Add a step; the gradient norm of an update that was left out does not count."""
+        left_out = left_out.float()
+        self.sums += torch.stack([loss, torch.where(left_out > 0, 0.0, grad_norm), left_out])
+
+    def close(self, step: int, sums: list[float], global_batch_size: int) -> Row:
         """The interval as a row of metrics.
 
         Args:
             step: updates done now.
-            loss: sum over the steps, averaged over the processes.
-            grad_norm: sum over the steps.
+            sums: see `SUMS`, averaged over the processes.
             global_batch_size: samples per step over all processes.
-
-        Raises:
-            UserError: a loss or a gradient was not finite.
         """
+        loss, grad_norm, left_out = sums
         steps, timed_steps = step - self.first_step, step - self._clock_step
         elapsed = time.perf_counter() - self._start
-        if not math.isfinite(loss + grad_norm):
-            raise UserError(
-                "training",
-                f"a loss or gradient between steps {self.first_step} and {step} is not finite",
-                remedy="a lower --learning-rate or --max-grad-norm, in another --output-dir",
-            )
-        return {
+        row = {
             "step": step,
             "train/loss": loss / steps,
-            "train/grad_norm": grad_norm / steps,
+            "train/grad_norm": grad_norm / max(1.0, steps - left_out),
             "perf/iters_per_sec": timed_steps / elapsed,
             "perf/images_per_sec": timed_steps * global_batch_size / elapsed,
             "perf/data_wait_frac": self._wait_sec / elapsed,
             "perf/peak_mem_gib": self._peak_memory_gib(),
         }
+        if left_out:
+            row["train/updates_left_out"] = left_out
+        return row
 
     def _peak_memory_gib(self) -> float:
         """Of the device's allocator; on a CPU of the process."""
@@ -97,6 +98,6 @@ def log_line(row: Row, max_steps: int) -> str:
     return (
         f"step {step:0{len(str(max_steps))}d}/{max_steps} | loss {row['train/loss']:.4f} | "
         f"{row['perf/iters_per_sec']:.2f} it/s | {row['perf/images_per_sec']:.0f} img/s | "
-        f"data {row['perf/data_wait_frac']:.1%} | mem {row['perf/peak_mem_gib']:.1f} GiB | "
-        f"ETA {eta}"
+        f"MFU {row['perf/mfu']:.1%} | data {row['perf/data_wait_frac']:.1%} | "
+        f"mem {row['perf/peak_mem_gib']:.1f} GiB | ETA {eta}"
     )

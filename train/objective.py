@@ -10,18 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# DDPM as Stable Diffusion trains with it; also written beside the exported U-Net, so that sampling
-# uses the schedule of training.
-SCHEDULER_CONFIG: dict[str, Any] = {
-    "_class_name": "DDPMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "num_train_timesteps": 1000,
-    "clip_sample": False,
-    "steps_offset": 1,
-    "timestep_spacing": "trailing",
-}
+from train.config import TrainConfig
+from train.noise_schedule import SCHEDULER_CONFIG, build_noise_schedule
 
 
 def sample_latents(moments: Tensor, posterior_noise: Tensor, scaling_factor: float) -> Tensor:
@@ -46,27 +36,30 @@ def sample_latents(moments: Tensor, posterior_noise: Tensor, scaling_factor: flo
 
 
 class Objective:
-    """Noise, target and loss of one prediction type.
+    """Noise, target and loss of one prediction type on one noise schedule.
 
     Args:
-        prediction_type: `epsilon` or `v_prediction` (arXiv:2202.00512).
-        min_snr_gamma: see `loss`; 0 weighs all timesteps alike.
+        config: `prediction_type` (epsilon, v_prediction of arXiv:2202.00512, sample: the latents
+            themselves, or flow: the velocity of arXiv:2209.03003), `min_snr_gamma` (see `loss`),
+            `zero_terminal_snr` and `snr_shift` (see `build_noise_schedule`).
         device: where the tables live.
+
+    Raises:
+        UserError: see `build_noise_schedule`.
     """
 
-    def __init__(self, prediction_type: str, min_snr_gamma: float, device: torch.device) -> None:
-        self.prediction_type = prediction_type
-        first, last = SCHEDULER_CONFIG["beta_start"], SCHEDULER_CONFIG["beta_end"]
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        schedule = build_noise_schedule(config)
+        self.prediction_type = config.prediction_type
         self.num_train_timesteps: int = SCHEDULER_CONFIG["num_train_timesteps"]
-        betas = torch.linspace(first**0.5, last**0.5, self.num_train_timesteps) ** 2
-        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        snr = alphas_cumprod / (1 - alphas_cumprod)
-        self._signal = alphas_cumprod.sqrt().to(device)
-        self._sigma = (1 - alphas_cumprod).sqrt().to(device)
-        self._weight = _loss_weight(snr, prediction_type, min_snr_gamma).to(device)
+        self._scheduler_config = schedule.scheduler_config
+        self._signal = schedule.signal.to(device)
+        self._sigma = schedule.sigma.to(device)
+        snr = (schedule.signal / schedule.sigma) ** 2
+        self._weight = _loss_weight(snr, config.prediction_type, config.min_snr_gamma).to(device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`noisy_latents` (diffusers: `DDPMScheduler.add_noise`)."""
+        """`noisy_latents` (diffusers: `DDPMScheduler.add_noise`; flow: `scale_noise`)."""
         signal, sigma = self._at(timesteps)
         return signal * latents + sigma * noise
 
@@ -74,17 +67,30 @@ class Objective:
         """What the U-Net is to predict (diffusers: `DDPMScheduler.get_velocity` for v)."""
         if self.prediction_type == "epsilon":
             return noise
+        if self.prediction_type == "sample":
+            return latents
+        if self.prediction_type == "flow":
+            return noise - latents
         signal, sigma = self._at(timesteps)
         return signal * noise - sigma * latents
 
     def model_timesteps(self, timesteps: Tensor) -> Tensor:
-        """What the U-Net is told of a timestep."""
+        """What the U-Net is told of a timestep: flow's samplers say sigma, in thousandths."""
+        if self.prediction_type == "flow":
+            return self._sigma[timesteps] * self.num_train_timesteps
         return timesteps
 
     def loss(self, model_pred: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """[B], mean squared error in float32, weighted by min-SNR (arXiv:2303.09556)."""
+        """[B], mean squared error in float32, weighted by min-SNR (arXiv:2303.09556).
+
+        With both min-SNR and zero terminal SNR, the last timestep has SNR 0 and so weight 0.
+        """
         per_sample = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
         return self._weight[timesteps] * per_sample
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The schedule of training as diffusers' `scheduler/scheduler_config.json`."""
+        return dict(self._scheduler_config)
 
     def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, 1, 1, 1)
@@ -92,7 +98,9 @@ class Objective:
 
 
 def _loss_weight(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """min(SNR, gamma) on the error of the latents, carried over to that of what is predicted."""
     if not gamma:
         return torch.ones_like(snr)
-    divisor = snr if prediction_type == "epsilon" else snr + 1
-    return snr.clamp(max=gamma) / divisor
+    # epsilon's error is SNR times the latents', v's is SNR + 1 times
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / divisor[prediction_type]
