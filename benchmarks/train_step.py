@@ -25,6 +25,7 @@ from benchmarks.train_step_case import (
     Switch,
     Timing,
     Visit,
+    is_out_of_memory,
     release_memory,
     visit,
 )
@@ -177,16 +178,14 @@ class Sweep:
                     self._visit(row)
 
     def _is_time_for(self, what: str, expected_sec: float) -> bool:
-        """Whether a visit would end in time; notes what would not."""
+        """Whether a visit would end in time; notes what would not, and all that comes after it."""
         spent_sec = monotonic() - self._started
-        is_time = spent_sec + expected_sec < 60 * self._config.max_minutes
+        is_time = not self.left_out and spent_sec + expected_sec < 60 * self._config.max_minutes
         if not is_time:
             self.left_out.append(what)
         return is_time
 
     def _visit(self, row: Row) -> None:
-        import torch
-
         began = monotonic()
         if not row.reason:
             self._num_visits += 1
@@ -194,7 +193,9 @@ class Sweep:
             data, run_dir = self._data_for(row.case), self._scratch / f"run-{self._num_visits}"
             try:
                 row.visits.append(visit(row.case, data, run_dir, self._timing))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 row.reason = OUT_OF_MEMORY
             except UserError as error:
                 row.reason = str(error)
@@ -285,7 +286,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(_HEADER)
     for row in result["rows"]:
         print(_line(row))
-    if not env["gpu"]:
+    if any(visit["device"] == "cpu" for row in result["rows"] for visit in row["visits"]):
         print("GiB: of the whole process so far; a CPU's memory is not counted by row")
     waits = [row["data_wait_frac"]["median"] for row in result["rows"] if row["visits"]]
     if waits:

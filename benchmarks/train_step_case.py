@@ -96,14 +96,17 @@ class Visit:
     """What was found in one run of a case.
 
     Args:
+        device: cuda or cpu.
         attention: the kernels that ran.
         setup_sec: building, choosing kernels, compiling, warming up.
-        blocks: the trainer's own rows of metrics, one for each timed block.
+        blocks: the trainer's own rows of metrics, one for each timed block. Peak memory counts
+            from the start of the visit; on a CPU it is that of the whole process so far.
         flops_per_image: of the U-Net's forward and backward pass.
         matmul_flops_per_sec: of the device, as the trainer measured it for MFU.
         gpu: clock, power and temperature right after the last block, where nvidia-smi tells.
     """
 
+    device: str
     attention: str
     setup_sec: float
     blocks: list[dict[str, float]]
@@ -136,7 +139,7 @@ def visit(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
 
     Raises:
         UserError: it does not run here, or its loss is not finite.
-        torch.OutOfMemoryError: it does not fit.
+        RuntimeError: among others, see `is_out_of_memory`: it does not fit.
     """
     from train.compilation import compile_errors
 
@@ -156,12 +159,23 @@ def visit(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
     assert len(blocks) == timing.blocks
     facts = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     return Visit(
+        device=trainer.device.type,
         attention=trainer.model.attention,
         setup_sec=setup_sec,
         blocks=blocks,
         flops_per_image=facts["flops_per_image"],
         matmul_flops_per_sec=facts["matmul_flops_per_sec"],
         gpu=gpu,
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; only on a GPU has that an error of its own, and not always."""
+    import torch
+
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     )
 
 

@@ -118,7 +118,9 @@ def test_an_unknown_preset(command, capsys):
 
 def test_an_unknown_unet(tmp_path, data, capsys):
     line = refusal(capsys, tmp_path, data, unet="enormous")
-    assert "no U-Net configuration 'enormous'; wanted one of sd15, sd2-base, tiny, or a path" in line
+    assert (
+        "no U-Net configuration 'enormous'; wanted one of sd15, sd2-base, tiny, or a path" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,14 @@ def test_attention_that_does_not_run_here(tmp_path, data, capsys):
     line = refusal(capsys, tmp_path, data, attention="xformers")
     assert "--attention: xformers does not run here" in line
     assert line.endswith("--attention sdpa or flash or math")
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_shards_in_its_own_way(tmp_path, data, capsys, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    line = refusal(capsys, tmp_path, data)
+    assert f"accelerate launch: is set to use {name}" in line
+    assert "--sharding zero2" in line
 
 
 def test_a_run_that_another_process_is_writing(tmp_path, data, capsys, monkeypatch):

@@ -7,6 +7,7 @@ encoding online differ by that argument alone.
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -44,9 +45,25 @@ from train.trackers import Trackers, accelerator_options
 from train.transfer import to_device
 from train.unet import load_unet_config
 
+_OTHER_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of device, processes and trackers; precision is `train.precision`'s."""
+    """Accelerate's view of device, processes and trackers; precision is `train.precision`'s.
+
+    Raises:
+        UserError: `accelerate launch` was told to shard by a way of its own, or a tracker is not
+            there.
+    """
+    for name in _OTHER_SHARDING:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                "accelerate launch",
+                f"is set to use {name}",
+                wanted="plain data parallelism from the launcher",
+                remedy="--sharding zero2 here, and accelerate launch without it "
+                "(or --config_file of another configuration)",
+            )
     return Accelerator(
         mixed_precision="no",
         # Micro-batches are weighed here; a setting of the launcher must not divide once more.
