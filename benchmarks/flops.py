@@ -6,7 +6,6 @@ from typing import Any
 
 from precompute.model_folder import ModelFolder
 from shards.column import ImageColumn, TextColumn
-from train.flops import unet_flops
 from train.unet import load_unet_config
 
 
@@ -24,6 +23,8 @@ def flops_per_image(
     Returns:
         `unet` forward and backward; `vae` encode; `text` forward.
     """
+    from train.flops import unet_flops
+
     return {
         "unet": unet_flops(load_unet_config(unet), image.latent_size, text.num_tokens),
         "vae": vae_flops(model, image.resolution),

@@ -6,7 +6,7 @@ micro-batch; then, at the largest that fits, every other. What does not run here
 is a row that says so. All rows are gone through in turns, as often as time allows.
 
 On a CPU, `--presets sd2-base-256 --micro-batches 1 --emas off --rounds 1 --blocks 1 --steps 2
---warmup 1` takes minutes and 16 GB.
+--warmup 1` takes minutes and 14 GiB.
 """
 
 from __future__ import annotations
@@ -267,12 +267,17 @@ def _line(row: Json) -> str:
     if row["not_measured"]:
         return f"{case}  {row['not_measured']}"
     speed, last = row["images_per_sec"], row["visits"][-1]
-    between = f"{speed['p10']:.1f}-{speed['p90']:.1f}"
+    between = f"{_rate(speed['p10'])}-{_rate(speed['p90'])}"
     return (
-        f"{case}{row['iters_per_sec']['median']:>8.2f}{speed['median']:>8.1f}{between:>16}"
+        f"{case}{_rate(row['iters_per_sec']['median']):>8}{_rate(speed['median']):>8}{between:>16}"
         f"{row['mfu']['median']:>7.1%}{row['peak_mem_gib']:>7.1f}"
         f"{row['data_wait_frac']['median']:>7.1%}{last['setup_sec']:>9.1f}  {last['attention']}"
     )
+
+
+def _rate(per_sec: float) -> str:
+    """Of a laptop's large U-Net as of a GPU's tiny one."""
+    return f"{per_sec:.1f}" if per_sec >= 10 else f"{per_sec:.3g}"
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -286,7 +291,12 @@ def print_table(result: dict[str, Any]) -> None:
     print(_HEADER)
     for row in result["rows"]:
         print(_line(row))
-    if any(visit["device"] == "cpu" for row in result["rows"] for visit in row["visits"]):
+    visits = [visit for row in result["rows"] for visit in row["visits"]]
+    peaks = sorted({visit["matmul_flops_per_sec"] / 1e12 for visit in visits})
+    if peaks:
+        shown = ", ".join(f"{peak:.3g}" for peak in peaks)
+        print(f"MFU: of {shown} TFLOP/s in matrix products, measured once for each precision")
+    if any(visit["device"] == "cpu" for visit in visits):
         print("GiB: of the whole process so far; a CPU's memory is not counted by row")
     waits = [row["data_wait_frac"]["median"] for row in result["rows"] if row["visits"]]
     if waits:

@@ -10,7 +10,7 @@ import numpy as np
 from evaluate.assemble import assemble
 from evaluate.grid import draw_grid, write_png
 from evaluate.sample import generate, read_prompts
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,13 +51,12 @@ class SampleGrids:
             weights = trainer.model.weights_on_host(kind)
             grid = None if weights is None else self._try_to_draw(trainer, weights)
             if grid is not None:
-                path = trainer.run_dir / "samples" / f"{trainer.step:06d}{ending}.png"
-                write_png(path, grid)
+                name = f"samples/{trainer.step:06d}{ending}.png"
+                _try_to_write(trainer, name, grid)
                 trainer.trackers.log_image(f"samples/{kind}", grid, trainer.step)
-                trainer.accelerator.print(f"samples: {path}")
                 newest = grid
         if newest is not None and trainer.step == trainer.config.max_steps:
-            write_png(trainer.run_dir / "samples.png", newest)
+            _try_to_write(trainer, "samples.png", newest)
         return {}
 
     def _try_to_draw(self, trainer: Trainer, weights: dict[str, Tensor]) -> np.ndarray | None:
@@ -98,6 +97,17 @@ class SampleGrids:
                 self._pipeline.unet = None
                 self._pipeline.to("cpu")
         return draw_grid(images, self._prompts)
+
+
+def _try_to_write(trainer: Trainer, name: str, grid: np.ndarray) -> None:
+    """A full disk or a store that is down costs the picture, not the run."""
+    path = trainer.run_dir / name
+    try:
+        write_png(path, grid)
+    except StorageError as error:
+        trainer.accelerator.print(f"warning: {error}. Training goes on")
+    else:
+        trainer.accelerator.print(f"samples: {path}")
 
 
 def _build_unet(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:

@@ -20,7 +20,7 @@ from benchmarks import train_step
 from benchmarks.__main__ import main
 from benchmarks.result import gpu_state
 from benchmarks.train_step import Sweep, TrainStepConfig, check_config, measure, print_table
-from benchmarks.train_step_case import Case, Timing, Visit, build_trainer
+from benchmarks.train_step_case import Case, Timing, Visit, build_trainer, is_out_of_memory
 from benchmarks.train_step_data import columns_for, write_latents
 from shards.dataset import Dataset
 from shards.errors import UserError
@@ -144,6 +144,20 @@ def test_what_does_not_fit_is_a_row_and_its_memory_is_free_for_the_next(tmp_path
         (4, "off", None),
     ]
     assert [len(row["visits"]) for row in result["rows"]] == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_by_what_the_libraries_say(error, is_it):
+    assert is_out_of_memory(error) == is_it
 
 
 def test_another_error_of_the_runtime_is_no_lack_of_memory(tmp_path, monkeypatch):

@@ -116,8 +116,8 @@ def train_steps(model: nn.Module, steps: int = STEPS) -> list[float]:
 
 
 def micro_batches(model: nn.Module, step: int) -> Iterator[list[Tensor]]:
-    (null_states,) = (b for name, b in model.named_buffers() if name.endswith("null_states"))
-    batch = batch_of(step, null_states.shape[-1])
+    loss_module = getattr(model, "module", model)  # DDP's
+    batch = batch_of(step, loss_module.null_states.shape[-1])
     for start in range(0, BATCH, MICRO_BATCH):
         yield [rows[start : start + MICRO_BATCH] for rows in batch]
 

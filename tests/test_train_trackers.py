@@ -122,8 +122,9 @@ def test_a_resumed_run_shows_no_step_twice_and_goes_on(run_dir):
     for step in range(10, 51, 10):
         first.log_image("samples/raw", IMAGE, step)
     first.close()
-    second = open_trackers("tensorboard", run_dir, step=30)
+    open_trackers("tensorboard", run_dir, step=30).close()  # only then its thread has written
     assert sorted(scalars_of(run_dir)) == [10, 20, 30], "what came after the checkpoint is void"
+    second = open_trackers("tensorboard", run_dir, step=30)
     log_steps(second, range(40, 71, 10), loss=2.0)
     second.log_image("samples/raw", IMAGE, 40)
     second.close()

@@ -89,8 +89,8 @@ def broken_batch_error(
     what = "the loss of" if broken else "a gradient, of the batch"
     return UserError(
         run,
-        f"at step {step} {what} {', '.join(named[:_KEYS_IN_MESSAGE])}{more} is not finite; the "
-        f"weights were left as before it ({_FILE} names the whole batch)",
+        f"at step {step} {what} {', '.join(named[:_KEYS_IN_MESSAGE])}{more} is not finite; no "
+        f"update was made from it ({_FILE} names the whole batch)",
         remedy="a lower --learning-rate or --max-grad-norm in another --output-dir, with "
         "--init-from <this run> to go on from its last checkpoint; python -m shards verify --full "
         "<data> if one sample is to blame",

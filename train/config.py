@@ -205,7 +205,7 @@ class TrainConfig:
             ),
             (
                 self.prediction_type == "flow" and self.min_snr_gamma > 0,
-                "--min-snr-gamma weighs a noise schedule, which --prediction-type flow has not",
+                "--prediction-type flow has no noise schedule to weigh by: --min-snr-gamma 0",
             ),
             (
                 self.sharding == "zero2" and self.compile == "full",

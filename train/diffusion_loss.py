@@ -33,12 +33,11 @@ class DiffusionLoss(nn.Module):
         autocast: bool = False,
     ) -> None:
         super().__init__()
-        self.null_states: Tensor
         self.unet = unet
         self.objective = objective
         self.scaling_factor = scaling_factor
         self.dtype, self.autocast = dtype, autocast
-        self.register_buffer("null_states", null_states.float(), persistent=False)
+        self.null_states = null_states.float()  # no buffer: DDP would send it round every step
 
     def forward(
         self,

@@ -36,6 +36,7 @@ from shards.reader import LatentReader
 from shards.stop import StopOnSignal
 from shards.storage import location, size_of
 from train.config import TrainConfig
+from train.launcher import follow_launcher
 from train.presets import PRESETS, preset
 from train.restarts import restarted_on_failure
 from train.unet import check_fits, load_unet_config
@@ -66,16 +67,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: TrainConfig) -> None:
     """Put the pieces together: batches, trainer, what looks at it."""
+    follow_launcher()
     if config.follow:
         wait_for_first_shard(config.data)
     columns = None if config.online else open_columns(config)
 
     import torch
 
-    from train.launcher import follow_launcher
     from train.trainer import build_accelerator, train
 
-    follow_launcher()
     torch.set_flush_denormal(True)  # CPU: tiny gradients would cost a hundred times their worth
     torch.set_float32_matmul_precision("high")
     accelerator = build_accelerator(config)
@@ -89,9 +89,17 @@ def run(config: TrainConfig) -> None:
             source = open_latents(config, columns, accelerator, signals)
         else:
             source = open_images(config, accelerator)
-        if not signals.requested:
+        if not any_stop_requested(accelerator, signals):
             train(config, source.batches, accelerator, build_observers(config, source), signals)
     accelerator.end_training()
+
+
+def any_stop_requested(accelerator: Accelerator, signals: StopOnSignal) -> bool:
+    """Whether a signal has reached any process: all must begin to train, or none."""
+    import torch
+
+    requested = torch.tensor(float(signals.requested), device=accelerator.device)
+    return bool(accelerator.reduce(requested, "sum") > 0)
 
 
 # Where batches come from --------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
 from shards.storage import Location, read_bytes, write_text_whole
 
 
@@ -17,31 +18,60 @@ class MetricsLog:
     """Appends rows to a run's metrics.jsonl.
 
     An object store cannot append: there rows are kept in memory and `flush` writes the whole file.
-    What was not flushed came after the last checkpoint, so a resumed run writes it again.
+    What was not flushed came after the last checkpoint, so a resumed run writes it again. A full
+    disk or a store that is down stops nothing: the whole file is written once that is possible.
 
     Args:
         where: the file.
         step: rows after this step are removed: the run that wrote them was interrupted before its
             next checkpoint, and they are about to be written again.
+        say: is told what went wrong, once.
+
+    Raises:
+        StorageError: the file cannot be written at all.
     """
 
-    def __init__(self, where: Location, step: int) -> None:
-        self._where = where
+    def __init__(self, where: Location, step: int, say: Callable[[str], object] = print) -> None:
+        self._where, self._say = where, say
         self._lines = [_line(row) for row in read_metrics(where) if row["step"] <= step]
         write_text_whole(where, "".join(self._lines))
+        self._lacks_rows = self._has_warned = False
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row."""
-        if isinstance(self._where, Path):
-            with self._where.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
+        self._lines.append(_line(row))
+        if not isinstance(self._where, Path):
+            self._lacks_rows = True
+        elif self._lacks_rows:
+            self.flush()
         else:
-            self._lines.append(_line(row))
+            self._append(self._where, self._lines[-1])
 
     def flush(self) -> None:
-        """See to it that all rows are in the file."""
-        if not isinstance(self._where, Path):
+        """See to it that all rows are in the file, if that is possible."""
+        if not self._lacks_rows:
+            return
+        try:
             write_text_whole(self._where, "".join(self._lines))
+        except StorageError as error:
+            self._warn(error)
+        else:
+            self._lacks_rows = False
+
+    def _append(self, path: Path, line: str) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:  # the line may be there in part: only the whole file mends that
+            self._lacks_rows = True
+            self._warn(f"{path}: cannot be written ({error.strerror})")
+
+    def _warn(self, failure: object) -> None:
+        if not self._has_warned:
+            self._say(
+                f"warning: {failure}. Training goes on; its rows are written when they can be"
+            )
+        self._has_warned = True
 
 
 def read_metrics(where: Location) -> list[dict[str, float]]:

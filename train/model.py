@@ -60,7 +60,9 @@ class Model:
         null_states = torch.from_numpy(batches.null_states).to(device)
         self._latent_size = batches.latent_shape[-1]
         self.unet = self._build(config.seed).to(device)
-        self.unet_config = dict(self.unet.config)
+        # diffusers' note to itself is in no order, and it leaves it out of its own files as well.
+        noted = "_use_default_values"
+        self.unet_config = {n: value for n, value in self.unet.config.items() if n != noted}
         self.attention = apply_attention(
             self.unet,
             config.attention,

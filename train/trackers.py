@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from shards.canonical import canonical_json
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
 from shards.storage import Location, is_remote, read_bytes, write_text_whole
 from train.config import TrainConfig
 
@@ -83,6 +85,7 @@ class Trackers:
         self._state_path = run_dir / "trackers.json"
         self._state, self._told_step = _new_state(), 0
         self._trackers: list[Any] = []
+        self._accelerator, self._has_warned = accelerator, False
         if _parse(names) and accelerator.is_main_process:
             self._start(config, run_dir, accelerator, step)
 
@@ -106,7 +109,8 @@ class Trackers:
         """Hand on a row of figures."""
         figures = {name: value for name, value in row.items() if name != "step"}
         for tracker in self._awaiting(step):
-            tracker.log(figures, step=step)
+            with self._given_up_on_failure(tracker):
+                tracker.log(figures, step=step)
         self._note(step)
 
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
@@ -118,20 +122,28 @@ class Trackers:
             step: that it belongs to.
         """
         for tracker in self._awaiting(step):
-            if tracker.name == "tensorboard":
-                tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({name: [image]}, step=step)
-            else:  # Accelerate logs no images to trackio
-                trackio_image = importlib.import_module("trackio").Image(image)
-                tracker.log({name: trackio_image}, step=step)
+            with self._given_up_on_failure(tracker):
+                _log_image(tracker, name, image, step)
         self._note(step)
 
     def close(self) -> None:
         """Write what is left and end the trackers' runs."""
-        for tracker in self._trackers:
-            tracker.finish()
+        for tracker in list(self._trackers):
+            with self._given_up_on_failure(tracker):
+                tracker.finish()
         self._trackers.clear()  # Accelerate's own list: `end_training` would finish them again
+
+    @contextmanager
+    def _given_up_on_failure(self, tracker: Any) -> Iterator[None]:
+        """A full disk or a service that is down costs the tracker, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._trackers.remove(tracker)  # TensorBoard's thread has ended: it takes no more rows
+            self._accelerator.print(
+                f"warning: {tracker.name} is told no more until the run is resumed ({error}). "
+                "Training goes on; metrics.jsonl has all figures"
+            )
 
     def _awaiting(self, step: int) -> list[Any]:
         """The trackers that have not been told of a step by the run before."""
@@ -141,7 +153,12 @@ class Trackers:
     def _note(self, step: int) -> None:
         if self._trackers and step > self._state["step"]:
             self._state["step"] = step
-            write_text_whole(self._state_path, canonical_json(self._state))
+            try:
+                write_text_whole(self._state_path, canonical_json(self._state))
+            except StorageError as error:  # the next row tries again
+                if not self._has_warned:
+                    self._accelerator.print(f"warning: {error}. Training goes on")
+                self._has_warned = True
 
     def _read_state(self) -> dict[str, Any]:
         """Which run this is and the last step that was logged.
@@ -160,6 +177,16 @@ class Trackers:
                 "not a record of trackers",
                 remedy="delete it; the run then appears in W&B and trackio as a new one",
             ) from None
+
+
+def _log_image(tracker: Any, name: str, image: np.ndarray, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        tracker.log_images({name: [image]}, step=step)
+    else:  # Accelerate logs no images to trackio
+        trackio_image = importlib.import_module("trackio").Image(image)
+        tracker.log({name: trackio_image}, step=step)
 
 
 def _new_state() -> dict[str, Any]:

@@ -68,9 +68,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="no",
         # Micro-batches are weighed here; a setting of the launcher must not divide once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         **accelerator_options(config.trackers, location(config.output_dir)),
     )
 
@@ -340,10 +338,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self._writer.prepare(self.step)
             self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._metrics.flush()  # first: rows up to a checkpoint that counts are never made again
         if snapshot is not None:
             self._writer.save(snapshot)
-        if self.accelerator.is_main_process:
-            self._metrics.flush()
         self._saved_step = self.step
 
     def finish(self) -> None:
