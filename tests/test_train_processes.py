@@ -28,6 +28,7 @@ from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.reader import LatentReader
 from train.config import TrainConfig
+from train.draws import Draws, draw
 from train.metrics import read_metrics
 from train.trainer import Trainer, build_accelerator, train
 
@@ -118,6 +119,32 @@ def two_processes(folder: Path, data: str) -> None:
     accelerator.end_training()
 
 
+def trained_and_seen(folder: Path, data: str, until: int) -> dict[str, Any]:
+    """Samples, timesteps and noise of this process's rows, by step, of a run up to `until`."""
+    config = config_in(folder, data, max_steps=until)
+    reader, drawn = reader_of(config), {}
+    seen = record(reader, 0, lambda step: None)
+
+    def recorded_draw(**arguments: Any) -> Draws:
+        draws = draw(**arguments)
+        first_numbers = draws.noise.flatten(1)[:, :3].tolist()
+        drawn[arguments["step"]] = [draws.timesteps.tolist(), first_numbers]
+        return draws
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.trainer.draw", recorded_draw)
+        train(config, reader)
+    samples = {step: rows for step, rows in seen["samples"].items() if step < until}
+    return {"samples": samples, "drawn": drawn}
+
+
+def handed_over(folder: Path, data: str, until: int) -> None:
+    seen = trained_and_seen(folder, data, until)
+    (folder / f"seen-{until}-{build_accelerator(TrainConfig()).process_index}.json").write_text(
+        json.dumps(seen)
+    )
+
+
 # In the test --------------------------------------------------------------------------------------
 
 
@@ -182,6 +209,26 @@ def test_one_then_two_then_one_process_continue_one_run(runs):
     assert ours.keys() == theirs.keys()
     for name in (name for name in ours if name.startswith("unet")):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+
+
+def test_two_then_one_then_two_processes_see_the_samples_and_the_noise_of_one(runs):
+    """Each row's samples, timesteps and noise, step by step, whoever serves them."""
+    data, folder = str(runs / "latents"), runs / "handed-over"
+    alone = json.loads(json.dumps(trained_and_seen(runs / "never-handed-over", data, 8)))
+    run_torchrun(Path(__file__), folder, data, 3)
+    one = json.loads(json.dumps(trained_and_seen(folder, data, 6)))
+    run_torchrun(Path(__file__), folder, data, 8)
+    halves = {
+        until: [json.loads((folder / f"seen-{until}-{rank}.json").read_text()) for rank in (0, 1)]
+        for until in (3, 8)
+    }
+    assert list(alone["samples"]) == [str(step) for step in range(8)]
+    for step, samples in alone["samples"].items():
+        served = [one] if 3 <= int(step) < 6 else halves[3 if int(step) < 3 else 8]
+        assert [row for process in served for row in process["samples"][step]] == samples
+        for kind in (0, 1):
+            together = [row for process in served for row in process["drawn"][step][kind]]
+            assert together == alone["drawn"][step][kind]
 
 
 def test_a_row_that_two_processes_began_is_finished_by_one(runs):
@@ -272,4 +319,7 @@ def test_the_sources_settings_do_not_depend_on_the_number_of_processes(runs):
 
 
 if __name__ == "__main__":
-    two_processes(Path(sys.argv[1]), sys.argv[2])
+    if sys.argv[3:]:
+        handed_over(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    else:
+        two_processes(Path(sys.argv[1]), sys.argv[2])
