@@ -130,7 +130,7 @@ def test_who_comes_before_the_first_shard_waits_for_it(tmp_path, data):
     process = start("train/main.py", *command(tmp_path, place, follow=True, max_steps=3))
     assert process.stdout is not None
     assert process.stdout.readline() == f"waiting for the first shard of {place}\n"
-    shutil.copytree(data, place)
+    shutil.copytree(data, tmp_path / "copy").rename(place)  # there at once, as stage 1's shards are
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "step 03/3" in out or "step 3/3" in out
