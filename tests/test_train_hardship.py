@@ -4,8 +4,9 @@ import os
 import resource
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -292,16 +293,41 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
 # Launchers and signals ----------------------------------------------------------------------------
 
 
-def test_processes_that_wait_for_stage_1_end_with_a_launcher_that_is_killed(tmp_path):
-    argv = command(tmp_path, tmp_path / "nowhere")
-    process = start(*TORCHRUN, "train/main.py", *argv, "--follow", PYTHONUNBUFFERED="1")
-    assert process.stdout is not None
-    assert "waiting for the first shard" in process.stdout.readline()
-    process.kill()
-    watchdog = threading.Timer(30, lambda: os.killpg(0, signal.SIGTERM))
-    watchdog.start()
-    process.stdout.read()  # ends when the last process that could write has ended
-    watchdog.cancel()
+def processes_with(word: str) -> list[int]:
+    """Processes that have a word on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if word.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("workers", ["both wait", "one has hardly begun"])
+def test_processes_that_wait_for_stage_1_end_with_a_launcher_that_is_killed(tmp_path, workers):
+    """Also one that comes to ask for the launcher's end when that is past."""
+    place = str(tmp_path / "nowhere")
+    process = start(
+        *TORCHRUN,
+        *("train/main.py", *command(tmp_path, place), "--follow"),
+        PYTHONUNBUFFERED="1",
+    )
+    try:
+        assert process.stdout is not None
+        if workers == "both wait":
+            assert "waiting for the first shard" in process.stdout.readline()
+        else:
+            while len(processes_with(place)) < 3:
+                time.sleep(0.01)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 60
+        while left := processes_with(place):
+            assert time.monotonic() < deadline, f"{len(left)} still wait"
+            time.sleep(0.1)
+    finally:
+        for number in processes_with(place):
+            os.kill(number, signal.SIGKILL)
 
 
 def signalled_early(argv: list[str]) -> None:

@@ -12,6 +12,8 @@ _LAUNCHERS = {
     *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
 }
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_INIT = 1  # the process that orphans are given to
 
 
 def follow_launcher() -> None:
@@ -23,8 +25,17 @@ def follow_launcher() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    command_line = Path(f"/proc/{os.getppid()}/cmdline")
-    words = os.fsdecode(command_line.read_bytes()) if command_line.exists() else ""
-    if _LAUNCHERS & {Path(word).name for word in words.split("\0")}:
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    parent = os.getppid()
+    if _is_launcher(parent):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        has_ended = os.getppid() != parent
+    else:
+        has_ended = parent == _INIT and "TORCHELASTIC_RUN_ID" in os.environ
+    if has_ended:  # before we could ask
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_launcher(process: int) -> bool:
+    command_line = Path(f"/proc/{process}/cmdline")
+    words = command_line.read_bytes() if command_line.exists() else b""
+    return bool(_LAUNCHERS & {Path(os.fsdecode(word)).name for word in words.split(b"\0")})
