@@ -13,7 +13,6 @@ _LAUNCHERS = {
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
 }
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-_INIT = 1  # the process that orphans are given to
 
 
 def follow_launcher() -> None:
@@ -26,12 +25,10 @@ def follow_launcher() -> None:
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
-    if _is_launcher(parent):
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        has_ended = os.getppid() != parent
-    else:
-        has_ended = parent == _INIT and "TORCHELASTIC_RUN_ID" in os.environ
-    if has_ended:  # before we could ask
+    if not _is_launcher(parent):
+        return
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before we could ask
         os.kill(os.getpid(), signal.SIGTERM)
 
 
