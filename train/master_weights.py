@@ -123,7 +123,9 @@ class MasterWeights:
         """First index along dimension 0 and whole shape, by parameter; nothing unless sharded."""
         if not self.is_sharded:
             return {}
-        return {name: (self._first_index(name), list(p.shape)) for name, p in self._sharded()}
+        return {
+            name: (self._first_index(name), list(p.shape)) for name, p in self._parameters.items()
+        }
 
     def piece_of(self, name: str, whole: Tensor) -> Tensor:
         """This process's piece of a tensor as large as a parameter."""
@@ -163,9 +165,6 @@ class MasterWeights:
         )
         gathered: Tensor = whole.full_tensor()
         return gathered
-
-    def _sharded(self) -> list[tuple[str, Any]]:
-        return list(self._parameters.items())
 
     def _first_index(self, name: str) -> int:
         """`fully_shard` cuts as `torch.chunk` does: equal pieces, the last ones short or empty."""
