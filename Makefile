@@ -71,8 +71,8 @@ $(PEERS_READY): benchmarks/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-test: $(READY)  ## all tests (ARGS="-k order")
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+test: $(READY)  ## all tests, side by side (ARGS="-k order", ARGS="-n 0" one after another)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(READY)  ## lint, formatting, types, import contracts
 	@$(VENV)/bin/ruff check .
@@ -80,11 +80,11 @@ check: $(READY)  ## lint, formatting, types, import contracts
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 
-plan:  ## the bill before the job: time, bytes, money (not there yet)
-	@echo "make plan: there is no planner yet; nothing was computed" >&2; exit 2
+plan: $(READY)  ## the bill before the job: time, bytes, money (ARGS="--preset mosaicml-a100")
+	@$(PY) -m benchmarks plan $(ARGS)
 
-report:  ## runs and results as one HTML page (not there yet)
-	@echo "make report: there is no report yet; nothing was written" >&2; exit 2
+report: $(READY)  ## runs and results as one HTML page, report.html
+	@$(PY) -m benchmarks report $(ARGS)
 
 tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45 minutes on 2 cores)
 	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)

@@ -1,64 +1,74 @@
 """Measure: online against offline training when no command is named, else what the command says.
 
-Commands: `loader` (our reader of latent shards against other loaders), `order` (open and seek in
-400 million samples), `precompute` (stage 1 against a naive one), `train-step` (the U-Net trainer's
-speed by micro-batch, attention, precision, compiling and EMA); see `python -m benchmarks loader
---help`. The last line of the output is one JSON document.
+Commands: `train-step` (the U-Net trainer's speed, beside the plain diffusers loop), `scaling` (on
+several processes), `precompute` (stage 1 against a naive one), `loader` (our reader of latent
+shards against other loaders), `order` (open and seek in 400 million samples), `flops` (counted, of
+the real configurations), `env` (what this machine is and reaches), `plan` (time, bytes and money
+before the job), `report` (runs and results as one page). See `python -m benchmarks loader --help`.
+
+A benchmark's last line is its result as one JSON document, which it also writes to
+benchmarks/results.
 """
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import tyro
 
-from benchmarks import loader, online_offline, order, stage_one, train_step
 from benchmarks.result import publish
-from shards.errors import reported
+from shards.errors import UserError, reported
 
-
-@dataclass(frozen=True)
-class _Command:
-    """One benchmark: its settings, what measures, and what prints the result for people."""
-
-    config: type[Any]
-    measure: Callable[[Any], dict[str, Any]]
-    print_table: Callable[[dict[str, Any]], None]
-    description: str | None
-
-
-_DEFAULT = _Command(
-    online_offline.BenchConfig, online_offline.measure, online_offline.print_table, __doc__
-)
+# Module and settings of each command. A module measures (`measure`, `print_table`) or just runs
+# (`run`); it is loaded when it is asked for.
+_DEFAULT = ("online_offline", "BenchConfig")
 _COMMANDS = {
-    "loader": _Command(loader.LoaderConfig, loader.measure, loader.print_table, loader.__doc__),
-    "order": _Command(order.OrderConfig, order.measure, order.print_table, order.__doc__),
-    "precompute": _Command(
-        stage_one.StageOneConfig, stage_one.measure, stage_one.print_table, stage_one.__doc__
-    ),
-    "train-step": _Command(
-        train_step.TrainStepConfig, train_step.measure, train_step.print_table, train_step.__doc__
-    ),
+    "train-step": ("train_step", "TrainStepConfig"),
+    "scaling": ("scaling", "ScalingConfig"),
+    "precompute": ("stage_one", "StageOneConfig"),
+    "loader": ("loader", "LoaderConfig"),
+    "order": ("order", "OrderConfig"),
+    "flops": ("flops_table", "FlopsConfig"),
+    "env": ("environment_report", "EnvConfig"),
+    "plan": ("plan", "PlanConfig"),
+    "report": ("report", "ReportConfig"),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, measure, report."""
+    """Parse, then measure and report, or run."""
     arguments = sys.argv[1:] if argv is None else argv
-    command, prog = _DEFAULT, "python -m benchmarks"
-    if arguments and arguments[0] in _COMMANDS:
-        name, *arguments = arguments
-        command, prog = _COMMANDS[name], f"{prog} {name}"
-    config: Any = tyro.cli(
-        command.config, args=arguments, prog=prog, description=command.description
-    )
     with reported("bench"):
-        result = command.measure(config)
-    command.print_table(result)
-    publish(result, config.out)
+        command, prog = _DEFAULT, "python -m benchmarks"
+        if arguments and not arguments[0].startswith("-"):
+            name, *arguments = arguments
+            command, prog = _command(name), f"{prog} {name}"
+        module = import_module(f"benchmarks.{command[0]}")
+        about = module.__doc__ if command != _DEFAULT else f"{module.__doc__}\n\n{__doc__}"
+        config: Any = tyro.cli(
+            getattr(module, command[1]), args=arguments, prog=prog, description=about
+        )
+        if hasattr(module, "run"):
+            module.run(config)
+            return
+        document = module.measure(config)
+        module.print_table(document)
+        publish(document, config.out)
+
+
+def _command(name: str) -> tuple[str, str]:
+    if name not in _COMMANDS:
+        nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
+        raise UserError(
+            "command",
+            f"{name!r} is unknown",
+            wanted=f"one of {', '.join(_COMMANDS)}",
+            remedy=f"python -m benchmarks {nearest[0]}" if nearest else "",
+        )
+    return _COMMANDS[name]
 
 
 if __name__ == "__main__":

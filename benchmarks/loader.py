@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from benchmarks.loader_arms import (
 )
 from benchmarks.loader_data import write_latent_dataset
 from benchmarks.peers.samples import SAMPLE_BYTES, SHAPES, digest, draw_sample
-from benchmarks.result import environment, spread
+from benchmarks.result import result, spread
 from shards.errors import UserError
 
 _CALLS_SKIP, _CALLS_COUNT = 8, 8  # batches
@@ -56,7 +56,7 @@ class LoaderConfig:
     scratch: str = "data"
     """Folder for a temporary folder with every arm's copy; it is removed at the end."""
     out: str = ""
-    """Also write the result to this file."""
+    """File of the result; default: its place in benchmarks/results; `-`: none."""
 
 
 def measure(config: LoaderConfig) -> dict[str, Any]:
@@ -83,16 +83,15 @@ def measure(config: LoaderConfig) -> dict[str, Any]:
             specs[1:1] = [_write_copy(config, peer, python, scratch) for peer in wanted]
         with running(specs, scratch) as arms:
             found = _run_arms(config, arms)
-    return {
-        "theme": "loader",
-        "protocol": asdict(config),
-        "sample_bytes": SAMPLE_BYTES,
-        "arm_environment": SETTINGS,
-        "arms": found,
-        "absent_peers": absent,
+    return result(
+        "loader",
+        config,
+        sample_bytes=SAMPLE_BYTES,
+        arm_environment=SETTINGS,
+        arms=found,
+        absent_peers=absent,
         **compare(found),
-        "environment": environment(),
-    }
+    )
 
 
 def check_config(config: LoaderConfig) -> None:
@@ -243,16 +242,16 @@ def compare(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(document: dict[str, Any]) -> None:
     """The result for people."""
-    env, protocol = result["environment"], result["protocol"]
+    env, protocol = document["environment"], document["protocol"]
     print(
         f"\n{protocol['num_samples']} samples of {sum(SAMPLE_BYTES.values()) / 1e3:.0f} kB, batch "
         f"{protocol['batch_size']}, {protocol['blocks']} blocks, {env['device']}, page cache"
     )
     print(f"{'':<13}{'samples/s':>10}{'p10-p90':>16}{'GB/s':>7}{'of memcpy':>11}", end="")
     print(f"{'CPU us':>8}{'calls':>7}  per sample{'shuffle':>9}")
-    for name, arm in result["arms"].items():
+    for name, arm in document["arms"].items():
         speed = arm["samples_per_sec"]
         print(
             f"{name:<13}{speed['median']:>10,.0f}"
@@ -261,9 +260,9 @@ def print_table(result: dict[str, Any]) -> None:
             f"{arm['cpu_us_per_sample']['median']:>8.1f}{arm['calls_per_sample']:>7.1f}{'':<12}"
             + (f"{arm['shuffle_distance']:>9.2f}" if "shuffle_distance" in arm else "")
         )
-    if result["best_peer"]:
-        ratio = result["ours_over_best_peer"]
+    if document["best_peer"]:
+        ratio = document["ours_over_best_peer"]
         print(
-            f"ours is {ratio['median']:.2f}x as fast as {result['best_peer']} "
+            f"ours is {ratio['median']:.2f}x as fast as {document['best_peer']} "
             f"(p10-p90 {ratio['p10']:.2f}-{ratio['p90']:.2f})"
         )

@@ -1,40 +1,43 @@
-"""Online against offline: one loop, one U-Net, one order of samples, two sources of batches.
+"""Online against offline: one loop, one U-Net, one order of samples, four sources of batches.
 
-The arms run in turns, block by block, so that a machine that slows down slows both. The first
-steps of a block are not timed. Before any time is trusted the arms' losses must agree.
+Four arms: `resident` (the U-Net only, its batches on the device already: the ceiling), `offline`
+(from latent shards, end to end), `ids` (from latent shards with token ids; the text encoder runs in
+the loop), `online` (from image shards, end to end: read, decode, VAE, text encoder).
+
+The arms run in turns, block by block, so that a machine that slows down slows all. The first steps
+of a block are not timed. The learning rate is 0, so that the weights stay the same and every arm's
+loss can be held to the others' before its time is trusted.
+
+Without --data, images are drawn and encoded on first use: the demo's scenes for the tiny preset
+(two minutes in all on a laptop); JPEGs for sd2-base-256 and sd2-base-512, through encoders of the
+real size with random weights. On a CPU that takes a quarter of an hour and 22 GiB, and says little
+of a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
-import os
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from benchmarks.arms import MEANING, ArmName, Arms, Blocks, Timed, open_columns
+from benchmarks.bench_data import own_dataset
+from benchmarks.break_even import stage_one_images_per_sec, totals
+from benchmarks.components import measure_components
 from benchmarks.flops import flops_per_image, predicted_ratio
-from benchmarks.result import environment, spread
-from precompute.config import PrecomputeConfig
-from precompute.job import precompute
+from benchmarks.result import result, spread
 from precompute.model_folder import find_model
-from precompute.time_account import DECODE, READ, TRANSFORM, WRITE, loads
-from shards.column import ImageColumn, TextColumn
-from shards.dataset import Column, Dataset
+from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.manifest import iter_receipts
-from shards.order import choose_partitions
-from shards.reader import LatentReader
-from train.config import TrainConfig
-from train.metrics import read_metrics
+from train.config import AttentionChoice, Precision, TrainConfig
 from train.presets import preset
-from train.unet import check_fits, load_unet_config
 
-_OWN_DATA = "data/bench"
-_LOSS_TOLERANCE = 1e-3  # the cache is float16, and a batch's company moves the last bits
+# Samples of a step where the preset's own batch is one for hundreds of GPUs.
+_LARGE_BATCH = 256
+_BATCHES = {"cpu": 1, "cuda": 64}
+_USUAL_WARMUP = 5
+_EMA_DECAY = 0.9999  # for presets that keep no average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,208 +45,230 @@ class BenchConfig:
     """Measure online against offline training of the same U-Net."""
 
     data: str = ""
-    """Latent dataset whose image shards are still there; default: scenes drawn into data/bench."""
+    """Latent dataset whose image shards are still there; default: drawn into data/bench."""
     preset: str = "tiny"
-    """Training preset; its U-Net, batch and optimizer are what is timed."""
+    """Training preset; its U-Net, objective and optimizer are what is timed."""
+    arms: tuple[ArmName, ...] = ("resident", "offline", "ids", "online")
+    """Which, in the order of their turns."""
     global_batch_size: int = 0
-    """Samples per step; 0 keeps the preset's."""
-    blocks: int = 5
-    """Timed blocks for each arm."""
-    steps: int = 10
+    """Samples per step; 0: the preset's, where that is a batch for one device, else 64 on a GPU and
+    1 on a CPU."""
+    micro_batch_size: int = 0
+    """Samples per forward pass; 0: all of them."""
+    precision: Precision = "auto"
+    """As --mixed-precision of the trainer."""
+    attention: AttentionChoice = "auto"
+    """As the trainer's."""
+    compile: Literal["off", "regional", "full"] = "off"
+    """As the trainer's; compiling counts as warm-up."""
+    ema: Literal["on", "off"] = "on"
+    """Keep a moving average of the weights, updated every step."""
+    blocks: int = 0
+    """Timed blocks for each arm; 0: 5, or 2 for a large U-Net on a CPU."""
+    steps: int = 8
     """Timed steps in a block."""
-    warmup: int = 5
-    """Steps before each block that are not timed; more than the sources prefetch."""
+    warmup: int = 0
+    """Steps before each block that are not timed; 0: 5, one more than the sources prefetch, or 1
+    for a large U-Net on a CPU."""
+    num_images: int = 0
+    """Distinct images to draw for the SD2 presets; 0: 16 batches, at most 1024."""
     out: str = ""
-    """Also write the result to this file."""
-
-
-def draw_own_data() -> str:
-    """A small latent dataset of scenes, made on first use."""
-    from examples.scenes import SceneDataset, write_scenes
-
-    write_scenes(Path(_OWN_DATA) / "scenes", SceneDataset(num_train=2000, num_held_out=100))
-    out = f"{_OWN_DATA}/latents"
-    precompute(
-        PrecomputeConfig(
-            shards=f"{_OWN_DATA}/scenes/train/*.tar",
-            out=out,
-            model="examples/tiny-model",
-            resolutions="64",
-        )
-    )
-    return out
+    """File of the result; default: its place in benchmarks/results; `-`: none."""
 
 
 def measure(bench: BenchConfig) -> dict[str, Any]:
-    """Run both arms and return the result document.
+    """Run the arms and return the result document.
 
     Raises:
-        UserError: no usable dataset, or the arms' losses differ.
+        UserError: no usable dataset, settings that make no block, or the arms' losses differ.
     """
-    config = preset(bench.preset)
-    if bench.global_batch_size:
-        config = replace(config, global_batch_size=bench.global_batch_size, micro_batch_size=0)
-    dataset = Dataset(bench.data or draw_own_data())
-    image, text = dataset.image_column(config.resolution), dataset.text_column()
-    check_fits(load_unet_config(config.unet), image, text)
+    import torch
+
+    torch.set_flush_denormal(True)  # both as train/main.py sets them
+    torch.set_float32_matmul_precision("high")
+    _check(bench)
+    config, blocks = train_config(bench), timing(bench)
+    num_images = bench.num_images or min(1024, max(16, 16 * config.global_batch_size))
+    dataset = Dataset(bench.data or own_dataset(config, num_images))
+    columns = open_columns(dataset, config)
     with tempfile.TemporaryDirectory() as scratch:
-        sec_per_step = _run_arms(bench, config, dataset, Path(scratch))
-    flops = flops_per_image(config.unet, find_model(image.model), image.spec, text.spec)
-    ratios = [
-        online / offline
-        for online, offline in zip(sec_per_step["online"], sec_per_step["offline"], strict=True)
-    ]
-    batch = config.global_batch_size
-    images_per_sec = {
-        arm: spread([batch / s for s in times]) for arm, times in sec_per_step.items()
-    }
-    encode_per_sec = stage_one_images_per_sec(dataset, image, text)
-    return {
-        "theme": "online_offline",
-        "protocol": asdict(bench),
-        "preset": bench.preset,
-        "resolution": config.resolution,
-        "global_batch_size": batch,
-        "images_per_sec": images_per_sec,
-        "iters_per_sec": {arm: spread([1 / s for s in t]) for arm, t in sec_per_step.items()},
-        "offline_speedup": spread(ratios),
-        "flops_per_image": flops,
-        "flops_predicted_speedup": predicted_ratio(flops),
-        "stage1_images_per_sec": encode_per_sec,
-        "totals": totals(
-            images_per_sec["online"]["median"], images_per_sec["offline"]["median"], encode_per_sec
-        ),
-        "sec_per_step": sec_per_step,
-        "environment": environment(),
-    }
-
-
-def _run_arms(
-    bench: BenchConfig, config: TrainConfig, dataset: Dataset, scratch: Path
-) -> dict[str, list[float]]:
-    """Mean seconds per step of every block, by arm."""
-    from precompute.online import OnlineBatches
-    from precompute.online_samples import samples_of_dataset
-    from train.trainer import Trainer, build_accelerator
-
-    accelerator = build_accelerator(config)
-    image, text = dataset.image_column(config.resolution), dataset.text_column()
-    reader = LatentReader(
-        dataset,
-        image,
-        text,
-        seed=config.seed,
+        arms = Arms(config, columns, bench.arms, blocks, Path(scratch))
+        try:
+            timed = arms.run()
+            components = measure_components(arms, blocks.blocks)
+        finally:
+            arms.close()
+        model = next(iter(arms.trainers.values())).model
+    flops = flops_per_image(
+        config.unet, find_model(columns.image.model), columns.image.spec, columns.text.spec
+    )
+    return result(
+        "online-offline",
+        bench,
+        preset=bench.preset,
+        blocks=asdict(blocks),
+        resolution=config.resolution,
         global_batch_size=config.global_batch_size,
-        num_partitions=choose_partitions(config.global_batch_size),
+        device=arms.accelerator.device.type,
+        precision=model.precision.name,
+        attention=model.attention,
+        ema=model.average is not None,
+        arms={name: arm_figures(name, timed, config.global_batch_size) for name in timed},
+        not_measured=arms.not_measured,
+        components=components,
+        flops_per_image=flops,
+        flops_predicted_speedup=predicted_ratio(flops),
+        **compare(timed, config, stage_one_images_per_sec(dataset, columns.image, columns.text)),
     )
-    online = OnlineBatches(
-        samples_of_dataset(reader, image, dataset.caption_field),
-        image,
-        text,
-        device=accelerator.device,
-        num_workers=os.cpu_count() or 1,
+
+
+def _check(bench: BenchConfig) -> None:
+    if bench.steps < 1:
+        raise UserError("--steps", f"{bench.steps}", wanted="at least 1")
+    for name in ("blocks", "warmup", "global_batch_size", "micro_batch_size", "num_images"):
+        if getattr(bench, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')}", f"{getattr(bench, name)}")
+    if not bench.arms or len(set(bench.arms)) < len(bench.arms):
+        raise UserError("--arms", " ".join(bench.arms) or "none", wanted="each arm at most once")
+
+
+def train_config(bench: BenchConfig) -> TrainConfig:
+    """The run that all arms do: the preset's, with the batch of one device."""
+    config = preset(bench.preset)
+    default = _BATCHES[_device()] if _is_large(config) else config.global_batch_size
+    batch = bench.global_batch_size or default
+    return replace(
+        config,
+        global_batch_size=batch,
+        micro_batch_size=bench.micro_batch_size,
+        mixed_precision=bench.precision,
+        attention=bench.attention,
+        compile=bench.compile,
+        ema_decay=(config.ema_decay or _EMA_DECAY) if bench.ema == "on" else 0.0,
+        validation_samples=0,
     )
-    total = bench.blocks * (bench.warmup + bench.steps)
-    config = replace(config, max_steps=total, log_every=total + 1, checkpoint_every=total + 1)
-    trainers = {
-        arm: Trainer(replace(config, output_dir=str(scratch / arm)), source, accelerator)
-        for arm, source in (("offline", reader), ("online", online))
+
+
+def timing(bench: BenchConfig) -> Blocks:
+    """Blocks that end within minutes on the device at hand."""
+    slow = _is_large(preset(bench.preset)) and _device() == "cpu"
+    blocks, warmup = (2, 1) if slow else (5, _USUAL_WARMUP)
+    return Blocks(blocks=bench.blocks or blocks, warmup=bench.warmup or warmup, steps=bench.steps)
+
+
+def _is_large(config: TrainConfig) -> bool:
+    return config.global_batch_size > _LARGE_BATCH
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def arm_figures(name: str, timed: dict[str, list[Timed]], batch: int) -> dict[str, Any]:
+    """What is reported of an arm: speeds with their spread, and the samples that they come from."""
+    seconds = [block.sec_per_step for block in timed[name]]
+    figures = {
+        "images_per_sec": spread([batch / sec for sec in seconds]),
+        "iters_per_sec": spread([1 / sec for sec in seconds]),
+        "data_wait_frac": spread([block.data_wait_frac for block in timed[name]]),
+        "sec_per_step": seconds,
+        "losses": [block.loss for block in timed[name]],
     }
-    sec_per_step: dict[str, list[float]] = {arm: [] for arm in trainers}
-    for block in range(bench.blocks):
-        for arm, trainer in trainers.items():
-            start = block * (bench.warmup + bench.steps)
-            with contextlib.redirect_stdout(io.StringIO()):
-                trainer.run(start + bench.warmup)
-                began = time.perf_counter()
-                trainer.run(start + bench.warmup + bench.steps)  # ends with a synchronisation
-            sec_per_step[arm].append((time.perf_counter() - began) / bench.steps)
-        speeds = ", ".join(f"{arm} {1 / times[-1]:.2f} it/s" for arm, times in sec_per_step.items())
-        print(f"block {block + 1}/{bench.blocks}: {speeds}", flush=True)
-    check_equal_losses(scratch)
-    return sec_per_step
+    if "resident" in timed:
+        figures["share_of_ceiling"] = spread(time_ratios(timed, "resident", name))
+    return figures
 
 
-def check_equal_losses(scratch: Path) -> None:
-    """Both arms must have trained on the same samples with the same noise.
-
-    Raises:
-        UserError: they have not; no time is reported then.
-    """
-    rows = {arm: read_metrics(scratch / arm / "metrics.jsonl") for arm in ("offline", "online")}
-    for offline, online in zip(rows["offline"], rows["online"], strict=True):
-        if not math.isclose(offline["train/loss"], online["train/loss"], rel_tol=_LOSS_TOLERANCE):
-            raise UserError(
-                "bench",
-                f"losses differ at step {offline['step']:.0f}: offline "
-                f"{offline['train/loss']:.6f}, online {online['train/loss']:.6f}",
-                wanted=f"equal within {_LOSS_TOLERANCE:g}",
-                remedy="precompute the dataset again from the image shards that are there now",
-            )
+def time_ratios(timed: dict[str, list[Timed]], numerator: str, denominator: str) -> list[float]:
+    """Time of one arm over that of another, block by block: they ran one after the other."""
+    pairs = zip(timed[numerator], timed[denominator], strict=True)
+    return [above.sec_per_step / below.sec_per_step for above, below in pairs]
 
 
-def stage_one_images_per_sec(
-    dataset: Dataset, image: Column[ImageColumn], text: Column[TextColumn]
-) -> float:
-    """Speed of stage 1 for these two columns, from the times in their receipts.
-
-    Its stages overlap, so a shard takes as long as the slowest of them.
-    """
-    texts = {receipt.shard: receipt for receipt in iter_receipts(dataset.path / text.column_id)}
-    num_rows, seconds = 0, 0.0
-    for receipt in iter_receipts(dataset.path / image.column_id):
-        timings, of_text = receipt.timings, texts[receipt.shard].timings
-        stages = {
-            **{name: timings[name] for name in (READ, DECODE, TRANSFORM)},
-            "encode both": timings["encode"] + of_text["encode"],
-            WRITE: timings[WRITE] + of_text[WRITE],
-        }
-        seconds += max(loads(stages, timings["decode_workers"]).values())
-        num_rows += receipt.rows_in
-    return num_rows / seconds
-
-
-def totals(online: float, offline: float, encode: float) -> dict[str, Any]:
-    """Online time over offline time *with* stage 1 counted, by epochs, and the break-even.
-
-    Args:
-        online: images per second.
-        offline: images per second, from latents.
-        encode: images per second of stage 1.
-    """
-    gain = 1 / online - 1 / offline
+def compare(
+    timed: dict[str, list[Timed]], config: TrainConfig, encode_per_sec: float
+) -> dict[str, Any]:
+    """Offline against online, where both ran: the step alone, and with stage 1 counted."""
+    figures: dict[str, Any] = {"stage1_images_per_sec": encode_per_sec}
+    if not {"online", "offline"} <= set(timed):
+        return figures
+    speeds = {
+        name: arm_figures(name, timed, config.global_batch_size)["images_per_sec"]["median"]
+        for name in ("online", "offline")
+    }
     return {
-        "speedup_with_stage1": {
-            str(epochs): (epochs / online) / (epochs / offline + 1 / encode)
-            for epochs in (1, 2, 3, 10)
-        },
-        "break_even_epochs": (1 / encode) / gain if gain > 0 else None,
+        **figures,
+        "offline_speedup": spread(time_ratios(timed, "online", "offline")),
+        "totals": asdict(totals(speeds["online"], speeds["offline"], encode_per_sec)),
     }
 
 
-def print_table(result: dict[str, Any]) -> None:
+# For people ---------------------------------------------------------------------------------------
+
+
+def print_table(document: dict[str, Any]) -> None:
     """The result for people."""
-    env = result["environment"]
+    env, precision = document["environment"], document["precision"]
     print(
-        f"\n{result['preset']} at {result['resolution']} px, batch {result['global_batch_size']}, "
-        f"{env['device']}, torch {env['versions']['torch']}"
+        f"\n{document['preset']} at {document['resolution']} px, batch "
+        f"{document['global_batch_size']}, {precision}, EMA {'on' if document['ema'] else 'off'}, "
+        f"attention {document['attention']}; {env['device']}, torch {env['versions']['torch']}"
     )
-    print(f"{'arm':<10}{'it/s':>8}{'img/s':>9}   p10-p90 img/s")
-    for arm, speed in result["images_per_sec"].items():
-        iters = result["iters_per_sec"][arm]["median"]
+    _print_arms(document)
+    _print_parts(document)
+    if "offline_speedup" in document:
+        _print_comparison(document)
+
+
+def _print_arms(document: dict[str, Any]) -> None:
+    print(f"{'arm':<10}{'it/s':>8}{'img/s':>9}{'p10-p90':>15}{'of ceiling':>12}{'waits':>8}")
+    for name, arm in document["arms"].items():
+        speed, iters = arm["images_per_sec"], arm["iters_per_sec"]["median"]
+        share = f"{arm['share_of_ceiling']['median']:.0%}" if "share_of_ceiling" in arm else "-"
+        between = f"{speed['p10']:.4g}-{speed['p90']:.4g}"
         print(
-            f"{arm:<10}{iters:>8.2f}{speed['median']:>9.1f}   {speed['p10']:.1f}-{speed['p90']:.1f}"
+            f"{name:<10}{iters:>8.3g}{speed['median']:>9.4g}{between:>15}{share:>12}"
+            f"{arm['data_wait_frac']['median']:>8.1%}  {MEANING[name]}"
         )
-    speedup, flops = result["offline_speedup"], result["flops_per_image"]
+    for name, reason in document["not_measured"].items():
+        print(f"{name:<10}not measured: {reason}")
+    print("waits: of the time, for the next batch; ids and online encode there")
+    print("equal losses: in every block all arms had the same, within the rounding of the cache")
+    if document["blocks"]["warmup"] < _USUAL_WARMUP:
+        print("few steps: some were timed with batches that had been decoded before")
+
+
+def _print_parts(document: dict[str, Any]) -> None:
+    """Each part alone; what a part computes, where it computes anything worth counting."""
+    flops, batch = document["flops_per_image"], document["global_batch_size"]
+    print("each part alone, for a batch:")
+    for name, part in document["components"].items():
+        sec = part["sec_per_step"]
+        line = f"  {name:<10}{1e3 * sec['median']:>9.4g} ms"
+        line += f" ({1e3 * sec['p10']:.4g}-{1e3 * sec['p90']:.4g})"
+        if name in flops:
+            rate = batch * flops[name] / sec["median"]
+            line += f", {flops[name] / 1e9:.4g} GFLOP an image, {rate / 1e12:.3g} TFLOP/s"
+        print(line)
+
+
+def _print_comparison(document: dict[str, Any]) -> None:
+    speedup, sums = document["offline_speedup"], document["totals"]
     print(
-        f"offline is {speedup['median']:.2f}x as fast (p10-p90 {speedup['p10']:.2f}-"
-        f"{speedup['p90']:.2f}); FLOPs alone predict {result['flops_predicted_speedup']:.2f}x"
+        f"offline is {speedup['median']:.2f}x as fast as online (p10-p90 {speedup['p10']:.2f}-"
+        f"{speedup['p90']:.2f}); FLOPs alone predict {document['flops_predicted_speedup']:.2f}x"
     )
-    print("GFLOP per image: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in flops.items()))
-    with_stage1 = result["totals"]["speedup_with_stage1"]
-    print(
-        f"with stage 1 counted ({result['stage1_images_per_sec']:.0f} img/s): "
-        + ", ".join(f"{ratio:.2f}x after {epochs} epochs" for epochs, ratio in with_stage1.items())
-    )
-    break_even = result["totals"]["break_even_epochs"]
-    print(f"break-even: {break_even:.1f} epochs" if break_even else "break-even: never")
+    print(f"with stage 1 counted, at its {document['stage1_images_per_sec']:.3g} img/s:")
+    for epochs, total in sums["epochs"].items():
+        print(
+            f"  {epochs:>3} epochs: offline {total['offline_sec_per_image'] * 1e6 / 3600:,.3g} h, "
+            f"online {total['online_sec_per_image'] * 1e6 / 3600:,.3g} h a million images: "
+            f"{total['speedup']:.2f}x"
+        )
+    even = sums["break_even_epochs"]
+    print(f"break-even after {even:.2f} epochs" if even else "break-even: never")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.result import environment, spread
+from benchmarks.result import result, spread
 from shards.arrays import save_arrays
 from shards.canonical import canonical_json
 from shards.column import FORMAT_VERSION, ColumnSpec, ImageColumn, Json, TextColumn
@@ -50,7 +50,7 @@ class OrderConfig:
     repeats: int = 5
     """Processes that open the dataset one after the other."""
     out: str = ""
-    """Also write the result to this file."""
+    """File of the result; default: its place in benchmarks/results; `-`: none."""
 
 
 def measure(config: OrderConfig) -> Json:
@@ -61,15 +61,15 @@ def measure(config: OrderConfig) -> Json:
         written_sec = time.perf_counter() - start
         manifest_bytes = (Path(folder) / MANIFEST).stat().st_size
         runs = [_open_in_a_process(folder, config) for _ in range(config.repeats)]
-    return {
-        "theme": "order",
-        "protocol": asdict(config),
-        "manifest_bytes": manifest_bytes,
-        "manifest_written_sec": round(written_sec, 2),
+    return result(
+        "order",
+        config,
+        manifest_bytes=manifest_bytes,
+        manifest_written_sec=round(written_sec, 2),
+        runs=runs,
         **{name: spread([run[name] for run in runs]) for name in runs[0]},
-        "shuffle": [measure_shuffle(config, window) for window in _WINDOWS],
-        "environment": environment(),
-    }
+        shuffle=[measure_shuffle(config, window) for window in _WINDOWS],
+    )
 
 
 def write_synthetic(folder: Path, config: OrderConfig) -> None:
@@ -219,12 +219,12 @@ def _steps_of_a_shard(order: SampleOrder, step: int) -> int:
     return seen[-1] - seen[0] + 1
 
 
-def print_table(result: Json) -> None:
+def print_table(document: Json) -> None:
     """The result for people."""
-    protocol = result["protocol"]
+    protocol = document["protocol"]
     print(
         f"{protocol['num_samples']:,} samples in {protocol['num_shards']:,} shards, dataset.json "
-        f"{result['manifest_bytes'] / 1e6:.0f} MB"
+        f"{document['manifest_bytes'] / 1e6:.0f} MB"
     )
     for name, unit in (
         ("open_sec", "s"),
@@ -232,13 +232,13 @@ def print_table(result: Json) -> None:
         ("next_ms", "ms"),
         ("peak_rss_mb", "MB"),
     ):
-        value: dict[str, Any] = result[name]
+        value: dict[str, Any] = document[name]
         print(f"  {name:<12}{value['median']:>9.3f} {unit} ({value['p10']:.3f}-{value['p90']:.3f})")
     print(
         f"  {'window':>9}{'steps a shard takes':>21}{'of the epoch':>14}{'shards in a batch':>19}"
         f"{'open per rank':>15}"
     )
-    for row in result["shuffle"]:
+    for row in document["shuffle"]:
         print(
             f"  {row['window']:>9,}{row['steps_of_a_shard']['median']:>21,.0f}"
             f"{row['epoch_frac_of_a_shard']['median']:>14.3%}"

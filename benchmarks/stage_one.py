@@ -14,13 +14,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.flops import text_flops, vae_flops
 from benchmarks.random_model import RANDOM_SD2, write_random_sd2
-from benchmarks.result import environment, spread
+from benchmarks.result import result, spread
 from benchmarks.stage_one_data import write_image_shards
 from precompute.columns import image_columns, text_columns
 from precompute.model_folder import ModelFolder, find_model
@@ -67,7 +67,7 @@ class StageOneConfig:
     scratch: str = "data"
     """Folder for a temporary folder, which is removed at the end."""
     out: str = ""
-    """Also write the result to this file."""
+    """File of the result; default: its place in benchmarks/results; `-`: none."""
 
 
 def measure(config: StageOneConfig) -> dict[str, Any]:
@@ -82,11 +82,10 @@ def measure(config: StageOneConfig) -> dict[str, Any]:
     Path(config.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.scratch, prefix="precompute-") as folder:
         bench = _Bench(config, Path(folder).resolve(), sizes)
-        result = {"theme": "precompute", "protocol": asdict(config)}
-        result["null_encoder"] = bench.measure_cpu_path()
+        found = {"null_encoder": bench.measure_cpu_path()}
         if config.model_images:
-            result["model"] = bench.measure_model()
-    return {**result, "environment": environment()}
+            found["model"] = bench.measure_model()
+    return result("precompute", config, **found)
 
 
 class _Bench:
@@ -305,15 +304,15 @@ def _distinct_captions(job: StageOne) -> int:
     return sum(len({sample.caption for sample in ShardStream(s)}) for s in job.sources)
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(document: dict[str, Any]) -> None:
     """The result for people."""
-    null = result["null_encoder"]
+    null = document["null_encoder"]
     print("\nwith encoders that take no time:")
     _print_arms(null["arms"])
     print(f"  ours over naive, per core: {_shown(null['ours_over_naive_per_core'], 'x')}")
     busy = _shown(null["paced"]["device_busy"])
     print(f"  a device at {_DEVICE_SPEED:.0%} of the CPUs' speed is busy: {busy} of the time")
-    if model := result.get("model"):
+    if model := document.get("model"):
         print("\nwith the model's encoders:")
         _print_arms(model["arms"])
         alone = ", ".join(f"{n} {s['median']:.1f} s" for n, s in model["alone_sec"].items())

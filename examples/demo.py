@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     batch_size, ema_decay = (64, 0.998) if minutes >= LONG_MINUTES else (32, 0.995)
     draw_and_encode()
     bench = measure_speed(run, batch_size)
-    steps = round(minutes * 60 * bench["iters_per_sec"]["offline"]["median"])
+    steps = round(minutes * 60 * bench["arms"]["offline"]["iters_per_sec"]["median"])
     train(run, max(steps, 50), batch_size, ema_decay)
     scenes = measure_scenes(run)
     print_account(run, bench, scenes, time.monotonic() - start)
@@ -92,7 +92,7 @@ def measure_speed(run: Path, batch_size: int) -> dict[str, Any]:
         run_stage(
             "bench: online against offline training",
             f"python -m benchmarks --data {LATENTS} --preset tiny "
-            f"--global-batch-size {batch_size} --out {path}",
+            f"--global-batch-size {batch_size} --arms offline online --steps 10 --out {path}",
         )
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return result
@@ -125,14 +125,15 @@ def print_account(
 ) -> None:
     """What ran, how fast, how well, and where to look."""
     shutil.copyfile(scenes["grid"], run / "grid.png")
-    right, chance, speed = scenes["accuracy"], scenes["chance"], bench["images_per_sec"]
+    right, chance = scenes["accuracy"], scenes["chance"]
+    offline, online = (bench["arms"][arm]["images_per_sec"] for arm in ("offline", "online"))
     parts = [part for part in ("background", "colour", "shape", "size") if part in right]
     print("\n== account")
     print(f"  time          {elapsed_sec / 60:.1f} minutes, set-up not counted")
     print(f"  stage 1       {NUM_TRAIN:,} images, {bench['stage1_images_per_sec']:.0f} img/s")
     print(
-        f"  stage 2       offline {speed['offline']['median']:.0f} img/s, online "
-        f"{speed['online']['median']:.0f} img/s: {bench['offline_speedup']['median']:.2f}x"
+        f"  stage 2       offline {offline['median']:.0f} img/s, online "
+        f"{online['median']:.0f} img/s: {bench['offline_speedup']['median']:.2f}x"
     )
     print("  held out      " + ", ".join(f"{part} {right[part]:.0%}" for part in parts))
     print("  (by chance)   " + ", ".join(f"{part} {chance[part]:.0%}" for part in parts))

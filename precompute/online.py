@@ -47,6 +47,9 @@ class OnlineBatches:
         random_crop: place the squares at random along the longer side, else as stage 1 does.
         flip_prob: share of squares that are mirrored.
 
+    Attributes:
+        encoders: autoencoder and text encoder.
+
     Raises:
         UserError: an encoder cannot be loaded.
     """
@@ -71,7 +74,7 @@ class OnlineBatches:
             seed=samples.order.seed,
             global_batch_size=samples.order.global_batch_size,
         )
-        self._encoders = Encoders(image, text, device)
+        self.encoders = Encoders(image, text, device)
         self.latent_shape = image.spec.latent_shape
         self.scaling_factor = image.spec.scaling_factor
         self.identity = self._identity(image.spec, text.spec)
@@ -89,7 +92,7 @@ class OnlineBatches:
     @cached_property
     def null_states(self) -> np.ndarray:
         """States of the empty caption, [T, D] float32."""
-        states: np.ndarray = self._encoders.encode_texts([""])[0].cpu().numpy()
+        states: np.ndarray = self.encoders.encode_texts([""])[0].cpu().numpy()
         return states
 
     def epoch_at(self, step: int) -> float:
@@ -113,11 +116,16 @@ class OnlineBatches:
                     yield LatentBatch(
                         step=step,
                         samples=np.array([image.number for image in images]),
-                        moments=self._encoders.encode_images([image.square for image in images]),
-                        states=self._encoders.encode_texts([image.caption for image in images]),
+                        moments=self.encoders.encode_images([image.square for image in images]),
+                        states=self.encoders.encode_texts([image.caption for image in images]),
                     )
         finally:
             self._samples.say_what_was_replaced()
+
+    def decode(self, step: int, positions: range) -> list[DecodedImage]:
+        """The images of one step, on all threads."""
+        with ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode") as pool:
+            return [future.result() for future in self._start_decoding(pool, step, positions)]
 
     def _decode_all(
         self, first_step: int, positions: range

@@ -114,7 +114,7 @@ class Writer:
         try:
             while self.connection.poll():
                 error = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter: killed before it read "go"
             pass
         return status, error
 

@@ -1,22 +1,36 @@
-"""Online against offline: equal work on both sides, honest arithmetic, one JSON line."""
+"""Online against offline: equal work in all arms, honest arithmetic, one JSON line."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_python
 
-from benchmarks.flops import flops_per_image, predicted_ratio
-from benchmarks.online_offline import check_equal_losses, totals
-from benchmarks.result import spread
-from precompute.model_folder import ModelFolder
+from benchmarks import arms as arms_module
+from benchmarks.arms import (
+    MEANING,
+    Arms,
+    Blocks,
+    ResidentBatches,
+    Timed,
+    check_equal_losses,
+    open_columns,
+)
+from benchmarks.break_even import totals
+from benchmarks.online_offline import BenchConfig, arm_figures, measure, time_ratios, train_config
+from precompute.config import PrecomputeConfig
+from precompute.job import precompute
 from precompute.online import OnlineBatches
 from precompute.online_samples import samples_of_dataset
-from shards.column import ImageColumn, TextColumn
+from shards.batch import LatentBatch
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.find_shards import find_shards
@@ -24,35 +38,43 @@ from shards.image_index import ShardIndex
 from shards.image_shards import ShardStream
 from shards.reader import LatentReader
 
-SD2_VAE = {
-    "latent_channels": 4,
-    "scaling_factor": 0.18215,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-}
-SD2_TEXT = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 23,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "hidden_act": "gelu",
-}
+ALL = ("resident", "offline", "ids", "online")
+SHORT = BenchConfig(global_batch_size=4, blocks=2, steps=1, warmup=1, out="-")
+
+
+@pytest.fixture(scope="module")
+def dataset(
+    tmp_path_factory: pytest.TempPathFactory,
+    latent_dataset: Path,
+    image_shards: Path,
+    model_folder: Path,
+) -> Path:
+    """`latent_dataset` with a column of token ids beside that of the states."""
+    path = tmp_path_factory.mktemp("bench") / "latents"
+    shutil.copytree(latent_dataset, path)
+    job = PrecomputeConfig(
+        shards=str(image_shards / "*.tar"), out=str(path), model=str(model_folder), device="cpu"
+    )
+    precompute(replace(job, resolutions="none", text="ids"))
+    return path
+
+
+def open_reader(dataset: Path, batch_size: int) -> LatentReader:
+    found = Dataset(dataset)
+    image, text = found.image_column(64), found.text_column()
+    return LatentReader(found, image, text, seed=3, global_batch_size=batch_size, num_partitions=4)
 
 
 def open_sources(latents: Path, batch_size: int) -> tuple[LatentReader, OnlineBatches]:
-    dataset = Dataset(latents)
-    image, text = dataset.image_column(64), dataset.text_column()
-    reader = LatentReader(
-        dataset, image, text, seed=3, global_batch_size=batch_size, num_partitions=4
-    )
+    found, reader = Dataset(latents), open_reader(latents, batch_size)
+    image, text = found.image_column(64), found.text_column()
     online = OnlineBatches(
         samples_of_dataset(reader, image), image, text, device=torch.device("cpu"), num_workers=2
     )
     return reader, online
+
+
+# The sources --------------------------------------------------------------------------------------
 
 
 def test_both_arms_yield_the_same_samples_with_the_same_latents_and_states(latent_dataset):
@@ -78,6 +100,28 @@ def test_the_two_arms_of_another_step_differ(latent_dataset):
     assert not np.allclose(stored.moments, encoded.moments.float().numpy(), atol=2e-3)
 
 
+def test_one_step_decoded_alone_is_what_the_stream_of_steps_has(latent_dataset):
+    _, online = open_sources(latent_dataset, 8)
+    batch = next(online.iter_batches(3, range(8)))
+    images = online.decode(3, range(8))
+    assert [image.number for image in images] == batch.samples.tolist()
+    moments = online.encoders.encode_images([image.square for image in images])
+    torch.testing.assert_close(moments, batch.moments)
+
+
+def test_resident_batches_are_the_readers_and_outlive_its_buffers(latent_dataset):
+    reader = open_reader(latent_dataset, 8)
+    source = ResidentBatches(reader, torch.device("cpu"), num_steps=3).iter_batches(2, range(8))
+    served = [next(source) for _ in range(7)]  # more than twice what is loaded at a time
+    assert [batch.step for batch in served] == [2, 3, 4, 5, 6, 7, 8]
+    for batch in served:
+        expected = open_reader(latent_dataset, 8).gather(batch.step, range(8))
+        assert torch.is_tensor(batch.moments)
+        np.testing.assert_array_equal(batch.samples, expected.samples)
+        np.testing.assert_array_equal(batch.moments.numpy(), expected.moments)
+        np.testing.assert_array_equal(batch.states.numpy(), expected.states)
+
+
 def test_a_sample_read_by_position_is_the_one_that_streaming_finds(image_shards):
     shards, _ = find_shards(str(image_shards / "*.tar"))
     for shard in shards:
@@ -95,84 +139,191 @@ def test_an_image_shard_that_is_no_tar_cannot_be_indexed(tmp_path):
         ShardIndex(str(path))
 
 
-def sd2_columns(resolution: int) -> tuple[ImageColumn, TextColumn]:
-    common = {"weights_sha256": "", "encoder_config": {}, "compute_dtype": "float32"}
-    common["storage_dtype"] = "float16"
-    image = ImageColumn(
-        **common,
-        resolution=resolution,
-        latent_channels=4,
-        latent_size=resolution // 8,
-        scaling_factor=0.18215,
-        transform={},
-    )
-    return image, TextColumn(**common, num_tokens=77, dim=1024, tokenizer_sha256="")
+# The arms -----------------------------------------------------------------------------------------
+
+
+def test_the_arms_share_one_model_and_leave_its_weights_as_they_are(dataset, tmp_path):
+    config = train_config(replace(SHORT, data=str(dataset)))
+    columns = open_columns(Dataset(dataset), config)
+    arms = Arms(config, columns, ALL, Blocks(blocks=2, warmup=1, steps=2), tmp_path)
+    models = {id(trainer.model) for trainer in arms.trainers.values()}
+    assert len(models) == 1
+    model = arms.trainers["online"].model
+    before = {name: weight.clone() for name, weight in model.weights.tensors.items()}
+    timed = arms.run()
+    arms.close()
+    assert list(timed) == list(ALL)
+    for name, weight in model.weights.tensors.items():
+        assert torch.equal(weight, before[name]), name
+        assert model.update.optimizer.state[weight]["exp_avg"].abs().sum() > 0, name
+        assert torch.equal(model.average.weights[name], weight), name
+    assert all(trainer.step == 6 for trainer in arms.trainers.values())
+
+
+def other_noise(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, moments=torch.as_tensor(batch.moments) * 1.05)
+
+
+def other_captions(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, states=torch.as_tensor(batch.states).float() * 2)
+
+
+def rows_in_another_order(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, moments=torch.as_tensor(batch.moments).flip(0))
+
+
+@pytest.mark.parametrize("sabotage", [other_noise, other_captions, rows_in_another_order])
+@pytest.mark.parametrize("name", ALL)
+def test_an_arm_that_trains_on_something_else_ends_the_benchmark(
+    dataset, monkeypatch, capsys, name, sabotage
+):
+    open_source = arms_module.Arms._open
+
+    def open_sabotaged(self: Arms, asked: Any) -> Any:
+        source = open_source(self, asked)
+        if asked == name:
+            iter_batches: Callable[..., Iterator[LatentBatch]] = source.iter_batches
+            monkeypatch.setattr(
+                source, "iter_batches", lambda *where: map(sabotage, iter_batches(*where))
+            )
+        return source
+
+    monkeypatch.setattr(arms_module.Arms, "_open", open_sabotaged)
+    with pytest.raises(UserError, match="losses differ in block 1") as failure:
+        measure(replace(SHORT, data=str(dataset)))
+    other = name if name != "offline" else "resident"
+    assert f"{other} 0." in str(failure.value)
+    assert "it/s" not in capsys.readouterr().out
+
+
+def test_losses_within_the_rounding_of_the_cache_are_equal():
+    check_equal_losses({"resident": 0.5, "offline": 0.5, "ids": 0.5002, "online": 0.4997}, 0)
 
 
 @pytest.mark.parametrize(
-    ("resolution", "unet_gflop", "ratio"), [(256, 539.311, 1.589), (512, 2408.741, 1.482)]
+    "losses",
+    [
+        {"offline": 0.5, "online": 0.5006},
+        {"resident": 0.50001, "offline": 0.5},
+        {"ids": 0.5, "online": 0.51},
+        {"offline": 0.5, "online": float("nan")},
+    ],
+    ids=lambda losses: " ".join(losses),
 )
-def test_sd2_flops_and_the_ratio_that_they_predict(tmp_path, resolution, unet_gflop, ratio):
-    for part, config in (("vae", SD2_VAE), ("text_encoder", SD2_TEXT)):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(json.dumps(config))
-    model = ModelFolder("sd2", tmp_path)
-    flops = flops_per_image("sd2-base", model, *sd2_columns(resolution))
-    assert flops["unet"] / 1e9 == pytest.approx(unet_gflop, abs=0.001)
-    assert predicted_ratio(flops) == pytest.approx(ratio, abs=0.001)
+def test_losses_that_differ_by_more_are_refused(losses):
+    with pytest.raises(UserError, match="losses differ in block 3"):
+        check_equal_losses(losses, 2)
+
+
+def test_without_token_ids_the_other_arms_run_and_the_reason_is_given(latent_dataset, capsys):
+    document = measure(replace(SHORT, data=str(latent_dataset)))
+    assert list(document["arms"]) == ["resident", "offline", "online"]
+    assert "--text ids" in document["not_measured"]["ids"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"blocks": -1}, {"steps": 0}, {"warmup": -1}, {"arms": ()}, {"arms": ("online", "online")}],
+    ids=str,
+)
+def test_settings_that_make_no_block_are_refused(wrong):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
+        measure(replace(SHORT, **wrong))
+
+
+def test_a_batch_for_hundreds_of_gpus_is_cut_down_to_one_devices():
+    on_gpu = torch.cuda.is_available()
+    large = train_config(BenchConfig(preset="sd2-base-512"))
+    assert large.global_batch_size == (64 if on_gpu else 1)
+    assert large.micro_batch_size == 0
+    assert large.ema_decay == 0.9999
+    assert train_config(BenchConfig(preset="tiny")).global_batch_size == 32
+    assert train_config(BenchConfig(global_batch_size=6, ema="off")).global_batch_size == 6
+    assert train_config(BenchConfig(ema="off")).ema_decay == 0
+
+
+def test_sd15_without_data_is_told_what_it_needs():
+    with pytest.raises(UserError, match=r"--data: none.*sd15"):
+        measure(replace(SHORT, preset="sd15-512"))
+
+
+# The figures --------------------------------------------------------------------------------------
+
+
+def timed(*seconds: float) -> list[Timed]:
+    return [Timed(sec, 0.1, 0.5) for sec in seconds]
+
+
+def test_ratios_are_taken_block_by_block():
+    found = {"resident": timed(1.0, 2.0, 4.0), "offline": timed(2.0, 4.0, 8.0)}
+    found["online"] = timed(3.0, 6.0, 12.0)
+    assert time_ratios(found, "online", "offline") == [1.5] * 3
+    figures = arm_figures("offline", found, 10)
+    assert figures["share_of_ceiling"] == {"median": 0.5, "p10": 0.5, "p90": 0.5}
+    assert figures["images_per_sec"]["median"] == 2.5
+    assert figures["sec_per_step"] == [2.0, 4.0, 8.0]
+
+
+def test_there_is_no_ceiling_without_its_arm():
+    assert "share_of_ceiling" not in arm_figures("online", {"online": timed(1.0)}, 1)
 
 
 def test_totals_reproduce_the_published_run_with_its_encoding_counted():
     # GPU-hours of the published SD2 run: U-Net alone, online (1.4 times that), and stage 1.
     unet_hours, online_hours, encode_hours = 15_615, 1.4 * 15_615, 3_784
     result = totals(1 / online_hours, 1 / unet_hours, 1 / encode_hours)
-    assert result["speedup_with_stage1"]["1"] == pytest.approx(1.127, abs=0.001)
-    assert result["break_even_epochs"] == pytest.approx(0.61, abs=0.01)
-    assert 1.127 < result["speedup_with_stage1"]["2"] < result["speedup_with_stage1"]["10"] < 1.4
+    assert result.epochs["1"].speedup == pytest.approx(1.127, abs=0.001)
+    assert result.epochs["1"].offline_sec_per_image == pytest.approx(15_615 + 3_784)
+    assert result.epochs["10"].online_sec_per_image == pytest.approx(218_610)
+    assert result.break_even_epochs == pytest.approx(0.61, abs=0.01)
+    assert 1.127 < result.epochs["2"].speedup < result.epochs["10"].speedup < 1.4
 
 
 def test_there_is_no_break_even_when_offline_is_not_faster():
-    assert totals(10.0, 10.0, 5.0)["break_even_epochs"] is None
+    assert totals(10.0, 10.0, 5.0).break_even_epochs is None
+    assert totals(12.0, 10.0, 5.0).break_even_epochs is None
 
 
-def test_spread_is_the_median_between_two_percentiles():
-    assert spread([3.0, 1.0, 2.0]) == pytest.approx({"median": 2.0, "p10": 1.2, "p90": 2.8})
+# The command --------------------------------------------------------------------------------------
 
 
-def write_losses(scratch: Path, **losses: list[float]) -> None:
-    for arm, values in losses.items():
-        (scratch / arm).mkdir()
-        rows = [json.dumps({"step": n, "train/loss": v}) + "\n" for n, v in enumerate(values)]
-        (scratch / arm / "metrics.jsonl").write_text("".join(rows))
-
-
-def test_no_time_is_reported_when_the_arms_trained_on_different_things(tmp_path):
-    write_losses(tmp_path, offline=[0.5, 0.4], online=[0.5, 0.401])
-    with pytest.raises(UserError, match=r"losses differ at step 1"):
-        check_equal_losses(tmp_path)
-
-
-def test_losses_within_the_rounding_of_the_cache_are_equal(tmp_path):
-    write_losses(tmp_path, offline=[0.5, 0.4], online=[0.5001, 0.4001])
-    check_equal_losses(tmp_path)
-
-
-def test_the_command_ends_with_one_json_line_that_it_also_writes(latent_dataset, tmp_path):
+def test_the_command_ends_with_one_json_line_that_it_also_writes(dataset, tmp_path):
     out = tmp_path / "result.json"
     short = ["--global-batch-size", 4, "--blocks", 2, "--steps", 1, "--warmup", 1]
-    done = run_python("-m", "benchmarks", "--data", latent_dataset, *short, "--out", out)
+    done = run_python("-m", "benchmarks", "--data", dataset, *short, "--out", out)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout.splitlines()[-1])
     assert printed == json.loads(out.read_text())
-    offline, online = (printed["sec_per_step"][arm] for arm in ("offline", "online"))
+    assert list(printed["arms"]) == list(ALL)
+    offline, online = (printed["arms"][arm]["sec_per_step"] for arm in ("offline", "online"))
     ratios = [b / a for a, b in zip(offline, online, strict=True)]
     assert printed["offline_speedup"]["median"] == pytest.approx(np.median(ratios))
+    assert set(printed["components"]) == {"unet", "optimizer", "ema", "decode", "vae", "text"}
+    for part in printed["components"].values():
+        assert len(part["samples"]) == 2
+        assert part["sec_per_step"]["median"] == pytest.approx(np.median(part["samples"]))
+    flops = printed["flops_per_image"]
+    assert printed["flops_predicted_speedup"] == pytest.approx(sum(flops.values()) / flops["unet"])
+    assert printed["arms"]["resident"]["share_of_ceiling"]["median"] == 1
+    assert set(printed["totals"]["epochs"]) == {"1", "2", "3", "10"}
     assert printed["environment"]["versions"]["torch"] == torch.__version__
+    table = done.stdout
+    for arm in ALL:
+        assert MEANING[arm] in table
+    assert "FLOPs alone predict" in table
+    assert "break-even" in table
 
 
 def test_a_dataset_whose_model_is_gone_cannot_be_benched(make_latent_dataset, tmp_path):
     make_latent_dataset(tmp_path / "latents", [32, 32], model=str(tmp_path / "gone"))
-    done = run_python("-m", "benchmarks", "--data", tmp_path / "latents")
+    done = run_python("-m", "benchmarks", "--data", tmp_path / "latents", "--out", "-")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "gone") in done.stderr
+
+
+def test_a_command_that_is_unknown_is_told_the_nearest(tmp_path):
+    done = run_python("-m", "benchmarks", "trainstep")
+    assert done.returncode == 2
+    assert "python -m benchmarks train-step" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -240,6 +240,7 @@ def test_a_job_listens_on_loopback_alone_and_stops_as_asked(
     out = tmp_path / "latents"
     job = start_command(*arguments(images, model_folder, out, "--workers=1"))
     wait_until(lambda: num_finished(out) >= 1 or job.poll() is not None, timeout_sec=100)
+    os.kill(job.pid, signal.SIGSTOP)  # it hands out nothing more while it is looked at
     processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
     listeners = listening(processes)
     assert {"gcs_server", "raylet"} <= listeners.keys()
@@ -248,6 +249,7 @@ def test_a_job_listens_on_loopback_alone_and_stops_as_asked(
     number = signal.Signals[how.split()[0]]
     begin = time.monotonic()
     (os.killpg if how.endswith("all") else os.kill)(job.pid, number)
+    os.kill(job.pid, signal.SIGCONT)
     stdout, stderr = job.communicate(timeout=30)
     assert time.monotonic() - begin < 15
     assert job.returncode == 0, stderr

@@ -90,7 +90,6 @@ def test_hugging_faces_form_is_read(tmp_path, name):
         ({"caption": pa.array(["a"]).dictionary_encode()}, "", ["a"]),
         ({"caption": pa.array([b"by an old writer"])}, "", ["by an old writer"]),
     ],
-    ids=str,
 )
 def test_the_caption_is_the_named_column_or_the_first_usual_one(tmp_path, columns, field, captions):
     samples = read(tmp_path, {"jpg": [IMAGE], **columns}, field)

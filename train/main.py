@@ -166,7 +166,7 @@ def open_latents(
     dataset, image, text = columns.dataset, columns.image, columns.text
     options: dict[str, Any] = {
         **_order_options(config),
-        "allocate": _pinned_empty if accelerator.device.type == "cuda" else None,
+        "allocate": pinned_empty if accelerator.device.type == "cuda" else None,
         "processes_sharing_cache": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "flip_prob": config.flip_prob,
         "flipped": dataset.flipped_column(image) if config.flip_prob else None,
@@ -247,7 +247,7 @@ def _agreement(accelerator: Accelerator) -> Callable[[Any], Any]:
     return agree
 
 
-def _pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     import torch
 
     like = torch.from_numpy(np.empty(0, dtype))

@@ -113,6 +113,21 @@ class Model:
         Returns:
             losses [B] of the samples, the gradient norm, and whether the update was left out.
         """
+        losses, accumulated = self.backward(moments, states, draws)
+        norm, left_out = self.update.apply(step, losses.mean(), accumulated=accumulated)
+        return losses, norm, left_out
+
+    def backward(self, moments: Tensor, states: Tensor, draws: Draws) -> tuple[Tensor, bool]:
+        """Forward and backward over micro-batches.
+
+        Args:
+            moments: this process's rows, on the device.
+            states: the same.
+            draws: the same.
+
+        Returns:
+            losses [B] of the samples, and whether the gradients were summed up apart.
+        """
         starts = range(0, len(moments), self._micro_batch_size)
         accumulates = self.weights.accumulates(len(starts))
         losses = []
@@ -126,9 +141,7 @@ class Model:
             if accumulates:
                 self.weights.add_gradients()
             losses.append(per_sample.detach())
-        all_losses = torch.cat(losses)
-        norm, left_out = self.update.apply(step, all_losses.mean(), accumulated=accumulates)
-        return all_losses, norm, left_out
+        return torch.cat(losses), accumulates
 
     def _losses(self, moments: Tensor, states: Tensor, draws: Draws, rows: slice) -> Tensor:
         losses: Tensor = self._wrapped(

@@ -108,6 +108,15 @@ def train(
 class Trainer:
     """A run in progress.
 
+    Args:
+        config: the run.
+        batches: where latent batches come from.
+        accelerator: device and processes.
+        observers: look at the run from time to time.
+        signals: ask for a stop.
+        model: what is trained; made from `config` when not given. For benchmarks, which hold
+            several sources of batches to each other with one set of weights.
+
     Attributes:
         step: updates done.
         model: what is trained.
@@ -124,6 +133,7 @@ class Trainer:
         accelerator: Accelerator,
         observers: Sequence[Observer] = (),
         signals: StopOnSignal | None = None,
+        model: Model | None = None,
     ) -> None:
         self.config, self.batches, self.accelerator = config, batches, accelerator
         self.observers = observers
@@ -136,7 +146,7 @@ class Trainer:
             accelerator.num_processes,
         )
         self.micro_batch_size = _micro_batch_size(config.micro_batch_size, len(self.positions))
-        self.model = Model(config, batches, accelerator, self.micro_batch_size)
+        self.model = model or Model(config, batches, accelerator, self.micro_batch_size)
         self.step, self.stopped = 0, False
         self.signals = signals or StopOnSignal()
         self._vote = StopVote(accelerator.num_processes, self.device)
@@ -245,12 +255,13 @@ class Trainer:
             self.step,
             to_device(batch.moments, self.device),
             to_device(batch.states, self.device),
-            self._draw(),
+            self.draw(),
         )
         self._broken.note_rows(self.step, losses, self.model.update.broken_step)
         self._interval.add(losses.mean(), grad_norm, left_out)
 
-    def _draw(self) -> Draws:
+    def draw(self) -> Draws:
+        """All that is random in the coming step."""
         config = self.config
         return draw(
             seed=config.seed,

@@ -63,9 +63,8 @@ class Update:
         """The loss to go backward from."""
         return loss * self.loss_scale if self._scales_loss else loss
 
-    @torch.no_grad()
     def apply(self, step: int, loss: Tensor, *, accumulated: bool) -> tuple[Tensor, Tensor]:
-        """Update the weights from the gradients of one step.
+        """Update the weights from the gradients of one step, then their average.
 
         Args:
             step: its number, from 0.
@@ -75,6 +74,15 @@ class Update:
         Returns:
             the gradients' norm before clipping, and whether the update was left out.
         """
+        grad_norm, left_out = self.update_weights(step, loss, accumulated=accumulated)
+        self.move_average(step + 1)
+        return grad_norm, left_out
+
+    @torch.no_grad()
+    def update_weights(
+        self, step: int, loss: Tensor, *, accumulated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The same without the average."""
         gradients = self._weights.collect_gradients(accumulated=accumulated)
         scaled_norm = self._weights.norm_of(gradients)
         is_finite = scaled_norm.isfinite()
@@ -90,7 +98,6 @@ class Update:
         self._weights.clear_gradients()
         if self._scales_loss:
             self._adapt_scale(is_finite)
-        self._move_average(step + 1)
         return grad_norm, left_out
 
     def _divisor(self, grad_norm: Tensor) -> Tensor:
@@ -114,7 +121,9 @@ class Update:
         self.loss_scale = (self.loss_scale * factor).clamp(min=_MIN_SCALE)
         self.good_steps = good_steps * ~grows
 
-    def _move_average(self, steps_done: int) -> None:
+    @torch.no_grad()
+    def move_average(self, steps_done: int) -> None:
+        """Start the average, or move it, where that is due after so many updates."""
         if self.average is None:
             if self.has_average(steps_done):
                 self.average = self.start_average()
