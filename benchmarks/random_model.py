@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.model_configs import SD2_TEXT, SD2_VAE
+from benchmarks.stage_one_data import draw_jpeg
 
 RANDOM_SD2 = "random-sd2"
 
@@ -15,26 +22,22 @@ def write_random_sd2(folder: Path) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=768,
-    )
+    vae = AutoencoderKL(**SD2_VAE)
+    vae.register_to_config(scaling_factor=_scaling_factor(vae))
     vae.half().save_pretrained(folder / "vae")
-    text = CLIPTextConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=23,
-        num_attention_heads=16,
-        hidden_act="gelu",
-        projection_dim=512,
-        vocab_size=49408,
-        max_position_embeddings=77,
-    )
-    CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
+    CLIPTextModel(CLIPTextConfig(**SD2_TEXT)).half().save_pretrained(folder / "text_encoder")
     tokenizer = Path(__file__).parent.parent / "examples" / "tiny-model" / "tokenizer"
     shutil.copytree(tokenizer, folder / "tokenizer")
     return folder
+
+
+def _scaling_factor(vae: Any) -> float:
+    """What brings the latents of drawn pictures to deviation 1, near which stage 2 wants them."""
+    import torch
+    from PIL import Image
+
+    jpeg = Image.open(io.BytesIO(draw_jpeg(np.random.default_rng(0), 512, 512))).resize((256, 256))
+    pixel_values = torch.from_numpy(np.asarray(jpeg).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixel_values).latent_dist.sample()
+    return 1 / float(latents.std())

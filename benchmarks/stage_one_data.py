@@ -37,7 +37,7 @@ def write_image_shards(
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     pictures = _draw_pictures(rng, megapixels)
-    small = [_jpeg(rng, *_SMALL) for _ in range(_DISTINCT)]
+    small = [draw_jpeg(rng, *_SMALL) for _ in range(_DISTINCT)]
     length, paths = -(-num_images // num_shards), []
     for shard in range(num_shards):
         paths.append(folder / f"{shard:05d}.tar")
@@ -56,11 +56,11 @@ def _draw_pictures(rng: np.random.Generator, megapixels: tuple[float, ...]) -> l
     for number in range(_DISTINCT * len(megapixels)):
         pixels, aspect = 1e6 * megapixels[number % len(megapixels)], _ASPECTS[number % 5]
         height = round((pixels / aspect) ** 0.5)
-        pictures.append(_jpeg(rng, round(height * aspect), height))
+        pictures.append(draw_jpeg(rng, round(height * aspect), height))
     return pictures
 
 
-def _jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
+def draw_jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
     """A picture with a photograph's spectrum (octaves of noise, falling with frequency)."""
     from PIL import Image
 

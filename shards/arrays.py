@@ -8,6 +8,7 @@ gigabytes. Format: https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import json
+import mmap
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
 def map_arrays(path: Path, where: Location | None = None) -> Arrays:
     """Memory-map the arrays of a safetensors file, read-only and without copying.
 
+    One map for all of them: each keeps a file handle, of which a process may have 1,024 only.
+
     Args:
         path: a local file.
         where: what to call it in an error, where `path` is a copy.
@@ -69,8 +72,9 @@ def map_arrays(path: Path, where: Location | None = None) -> Arrays:
             if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, num_bytes - 8):
                 raise corrupt("no safetensors header")
             header = json.loads(file.read(header_bytes))
+            mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
         return {
-            name: _map_one(path, entry, 8 + header_bytes, num_bytes)
+            name: _array_of(mapped, entry, 8 + header_bytes)
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -80,16 +84,16 @@ def map_arrays(path: Path, where: Location | None = None) -> Arrays:
         raise corrupt(f"broken header ({error})") from None
 
 
-def _map_one(path: Path, entry: dict, data_start: int, num_bytes: int) -> np.ndarray:
+def _array_of(mapped: mmap.mmap, entry: dict, data_start: int) -> np.ndarray:
     begin, end = entry["data_offsets"]
     dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
     wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if begin < 0 or end - begin != wanted or data_start + end > num_bytes:
-        raise ValueError(f"{num_bytes} bytes, wanted at least {data_start + end}")
-    if wanted == 0:  # an empty file region cannot be mapped
-        return np.empty(shape, dtype)
-    mapped = np.memmap(path, dtype=dtype, mode="r", offset=data_start + begin, shape=shape)
-    return np.asarray(mapped)  # a plain array over the map: rows of it are cheaper to take
+    if begin < 0 or end - begin != wanted or data_start + end > len(mapped):
+        raise ValueError(f"{len(mapped)} bytes, wanted at least {data_start + end}")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"shape {shape}")
+    flat = np.frombuffer(mapped, dtype, wanted // dtype.itemsize, data_start + begin)
+    return flat.reshape(shape)
 
 
 def repair_remedy(where: Location) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +19,18 @@ from shards.errors import CorruptFileError
 
 Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 
-# Open maps are bounded: a process may hold about 65,000 of them, a dataset may have more shards.
-MAX_OPEN_SHARDS = 1024
+_MAX_OPEN_SHARDS = 1024
+_HANDLES_FRAC = (
+    1 / 8
+)  # of a process's, for the shards of a column; mirrored latents have twice that
+
+
+def max_open_shards() -> int:
+    """Shards of a column that may stay mapped: each keeps a file handle, and `ulimit -n` is low."""
+    handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if handles == resource.RLIM_INFINITY:
+        return _MAX_OPEN_SHARDS
+    return max(1, min(int(handles * _HANDLES_FRAC), _MAX_OPEN_SHARDS))
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class RowGatherer:
         shards: names of their shards; a shard is then known by its index in this list, those of
             the second column after those of the first.
         allocate: makes a batch's buffers from shape and dtype.
-        max_open: shards that stay mapped.
+        max_open: shards that stay mapped; see `max_open_shards`.
     """
 
     def __init__(
@@ -46,7 +57,7 @@ class RowGatherer:
         columns: Sequence[Column[Any]],
         shards: list[str],
         allocate: Allocate,
-        max_open: int = MAX_OPEN_SHARDS,
+        max_open: int,
     ) -> None:
         self._columns, self._shards, self._allocate = columns, shards, allocate
         spec: ColumnSpec = columns[0].spec

@@ -19,7 +19,7 @@ from shards.dataset import Column, Dataset
 from shards.errors import DatasetError, UserError
 from shards.fetch_ahead import FetchAhead
 from shards.flip import draw_flips, expect_mirror, no_mirror
-from shards.gather import MAX_OPEN_SHARDS, Allocate, RowGatherer
+from shards.gather import Allocate, RowGatherer, max_open_shards
 from shards.held_out import HeldOut
 from shards.order import DEFAULT_WINDOW, SampleOrder
 from shards.prefetch import prefetch
@@ -95,7 +95,9 @@ class LatentReader:
         images = [image] if self._flipped is None else [image, self._flipped]
         self._columns: list[Column] = [*images, text]
         self._cache_share = image.cache.max_bytes // processes_sharing_cache
-        max_open = self._num_shards_to_keep_open() if is_remote(dataset.path) else MAX_OPEN_SHARDS
+        max_open = max_open_shards()
+        if is_remote(dataset.path):
+            max_open = min(max_open, self._num_shards_in_cache())
         allocate = allocate or BufferPool()
         self.image_rows = RowGatherer(images, self._shards, allocate, max_open * len(images))
         self.text_rows = RowGatherer([text], self._shards, allocate, max_open)
@@ -271,12 +273,12 @@ class LatentReader:
         ahead = self.order.shards_ahead(first_step, positions)
         return FetchAhead(self._columns, self._shards, ahead, self._cache_share)
 
-    def _num_shards_to_keep_open(self) -> int:
+    def _num_shards_in_cache(self) -> int:
         """As many as fit into the cache: a map keeps the disk space of a file that was deleted."""
         largest = max(
             sum(column.shards[shard]["bytes"] for column in self._columns) for shard in self._shards
         )
-        return min(max(self._cache_share // max(largest, 1), 1), MAX_OPEN_SHARDS)
+        return max(self._cache_share // max(largest, 1), 1)
 
 
 def expect_null_states(null: Arrays, text: Column[TextColumn]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import rewrite_receipt
+from conftest import rewrite_receipt, run_python
 from safetensors.numpy import load_file
 
 from shards.arrays import map_arrays, save_arrays
@@ -308,3 +308,38 @@ def test_an_error_while_reading_ahead_reaches_the_consumer(dataset):
         path.unlink()
     with pytest.raises(DatasetError, match="is missing"):
         next(reader.iter_batches(0, range(8)))
+
+
+_READ_WITH_FEW_HANDLES = """
+import resource, sys
+from shards.dataset import Dataset
+from shards.reader import LatentReader
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+dataset = Dataset(sys.argv[1])
+reader = LatentReader(
+    dataset, dataset.image_column(64), dataset.text_column(),
+    seed=0, window=4, global_batch_size=8, num_partitions=4,
+)
+seen = {number for step in range(60) for number in reader.gather(step, range(8)).samples.tolist()}
+print(len(seen))
+"""
+
+
+def test_a_dataset_of_more_shards_than_a_process_may_open_files_is_read(
+    tmp_path, make_latent_dataset
+):
+    make_latent_dataset(tmp_path / "latents", [4] * 90, resolutions=(64,), **SMALL)
+    done = run_python("-c", _READ_WITH_FEW_HANDLES, tmp_path / "latents")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 90 * 4
+
+
+def test_a_mapped_shard_takes_one_file_handle(dataset):
+    num_handles = len(list(Path("/proc/self/fd").iterdir()))
+    reader = reader_of(dataset)
+    held = reader.gather(0, range(8)), reader.gather(1, range(8)), reader.gather(2, range(8))
+    opened = len(list(Path("/proc/self/fd").iterdir())) - num_handles
+    num_shards = sum(length > 0 for length in LENGTHS)
+    assert held
+    assert 0 < opened <= 2 * num_shards
