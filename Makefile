@@ -90,7 +90,7 @@ tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45
 	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)
 
 clean:  ## remove .venv, .venv-peers, .venv-download, caches and the demo's data (never data/latents, never other runs)
-	rm -rf $(VENV) $(PEERS) $(DOWNLOAD) data/demo data/bench data/loader-* data/train-step-* runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(DOWNLOAD) data/demo data/bench data/loader-* data/train-step-* data/scaling-* data/env-* report.html runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help setup demo download download-env precompute train bench peers test check plan report tiny-model clean

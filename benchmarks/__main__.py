@@ -27,14 +27,14 @@ from shards.errors import UserError, reported
 _DEFAULT = ("online_offline", "BenchConfig")
 _COMMANDS = {
     "train-step": ("train_step", "TrainStepConfig"),
-    "scaling": ("scaling", "ScalingConfig"),
+    "scaling": ("scaling.scaling", "ScalingConfig"),
     "precompute": ("stage_one", "StageOneConfig"),
     "loader": ("loader", "LoaderConfig"),
     "order": ("order", "OrderConfig"),
     "flops": ("flops_table", "FlopsConfig"),
-    "env": ("environment_report", "EnvConfig"),
-    "plan": ("plan", "PlanConfig"),
-    "report": ("report", "ReportConfig"),
+    "env": ("environment.environment", "EnvConfig"),
+    "plan": ("planner.plan", "PlanConfig"),
+    "report": ("report.report", "ReportConfig"),
 }
 
 

@@ -226,13 +226,13 @@ def print_table(document: dict[str, Any]) -> None:
 
 
 def _print_arms(document: dict[str, Any]) -> None:
-    print(f"{'arm':<10}{'it/s':>8}{'img/s':>9}{'p10-p90':>15}{'of ceiling':>12}{'waits':>8}")
+    print(f"{'arm':<10}{'it/s':>8}{'img/s':>9}{'p10-p90':>18}{'of ceiling':>12}{'waits':>8}")
     for name, arm in document["arms"].items():
         speed, iters = arm["images_per_sec"], arm["iters_per_sec"]["median"]
         share = f"{arm['share_of_ceiling']['median']:.0%}" if "share_of_ceiling" in arm else "-"
-        between = f"{speed['p10']:.4g}-{speed['p90']:.4g}"
+        between = f"{speed['p10']:.3g}-{speed['p90']:.3g}"
         print(
-            f"{name:<10}{iters:>8.3g}{speed['median']:>9.4g}{between:>15}{share:>12}"
+            f"{name:<10}{iters:>8.3g}{speed['median']:>9.3g}{between:>18}{share:>12}"
             f"{arm['data_wait_frac']['median']:>8.1%}  {MEANING[name]}"
         )
     for name, reason in document["not_measured"].items():
@@ -249,8 +249,9 @@ def _print_parts(document: dict[str, Any]) -> None:
     print("each part alone, for a batch:")
     for name, part in document["components"].items():
         sec = part["sec_per_step"]
-        line = f"  {name:<10}{1e3 * sec['median']:>9.4g} ms"
-        line += f" ({1e3 * sec['p10']:.4g}-{1e3 * sec['p90']:.4g})"
+        unit, scale = ("ms", 1e3) if sec["median"] < 1 else ("s ", 1.0)
+        between = f"({scale * sec['p10']:.3g}-{scale * sec['p90']:.3g})"
+        line = f"  {name:<10}{scale * sec['median']:>8.3g} {unit} {between}"
         if name in flops:
             rate = batch * flops[name] / sec["median"]
             line += f", {flops[name] / 1e9:.4g} GFLOP an image, {rate / 1e12:.3g} TFLOP/s"

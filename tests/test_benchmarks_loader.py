@@ -19,7 +19,8 @@ from benchmarks.peers.samples import SHAPES, digest, draw_sample
 from benchmarks.peers.worker import count_calls, digest_block, time_block
 from shards.errors import UserError
 
-SHORT = ["--out", "-", "--num-samples", 64, "--batch-size", 8, "--blocks", 2, "--warmup", 5, "--shards", 3]
+SHORT = ["--num-samples", 64, "--batch-size", 8, "--blocks", 2, "--warmup", 5, "--shards", 3]
+SHORT += ["--out", "-"]
 SPREAD = {"median", "p10", "p90"}
 
 

@@ -1,0 +1,1 @@
+"""The bill before the job: time, bytes, money."""

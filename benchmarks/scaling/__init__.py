@@ -1,0 +1,1 @@
+"""The trainer on several processes: measured, and predicted."""
