@@ -80,8 +80,8 @@ check: $(READY)  ## lint, formatting, types, import contracts
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 
-plan: $(READY)  ## the bill before the job: time, bytes, money (ARGS="--preset mosaicml-a100")
-	@$(PY) -m benchmarks plan $(ARGS)
+plan: $(READY)  ## the bill before the job: time, bytes, money (ARGS="--help"; without: a published job)
+	@$(PY) -m benchmarks plan $(or $(ARGS),--preset mosaicml-a100)
 
 report: $(READY)  ## runs and results as one HTML page, report.html
 	@$(PY) -m benchmarks report $(ARGS)

@@ -26,7 +26,7 @@ from shards.errors import UserError, reported
 # (`run`); it is loaded when it is asked for.
 _DEFAULT = ("online_offline", "BenchConfig")
 _COMMANDS = {
-    "train-step": ("train_step", "TrainStepConfig"),
+    "train-step": ("train_step.train_step", "TrainStepConfig"),
     "scaling": ("scaling.scaling", "ScalingConfig"),
     "precompute": ("stage_one", "StageOneConfig"),
     "loader": ("loader", "LoaderConfig"),

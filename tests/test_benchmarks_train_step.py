@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import subprocess
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +18,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import train_step
 from benchmarks.__main__ import main
 from benchmarks.result import gpu_state
-from benchmarks.train_step import Sweep, TrainStepConfig, check_config, measure, print_table
-from benchmarks.train_step_case import Case, Timing, Visit, build_trainer, is_out_of_memory
-from benchmarks.train_step_data import columns_for, write_latents
+from benchmarks.train_step import train_step
+from benchmarks.train_step.case import Case, Timing, Visit, build_trainer, is_out_of_memory
+from benchmarks.train_step.data import columns_for, write_latents
+from benchmarks.train_step.train_step import (
+    Sweep,
+    TrainStepConfig,
+    check_config,
+    measure,
+    print_table,
+)
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.verify import iter_problems
@@ -30,9 +38,24 @@ from train.model import Model
 from train.presets import preset
 from train.trainer import build_accelerator
 
-CASE = Case(preset="tiny", micro_batch=2, attention="auto", precision="no", compile="off", ema="on")
+CASE = Case(
+    preset="tiny",
+    loop="latentmill",
+    micro_batch=2,
+    attention="auto",
+    precision="no",
+    compile="off",
+    ema="on",
+)
 SHORT = TrainStepConfig(
-    micro_batches=(2,), steps=1, warmup=1, blocks=1, rounds=1, num_samples=64, emas=("off",)
+    loops=("latentmill",),
+    micro_batches=(2,),
+    steps=1,
+    warmup=1,
+    blocks=1,
+    rounds=1,
+    num_samples=64,
+    emas=("off",),
 )
 
 
@@ -128,22 +151,23 @@ def test_what_does_not_fit_is_a_row_and_its_memory_is_free_for_the_next(tmp_path
         gc.collect()
         assert all(unet() in (None, model.unet) for unet in unets), "an earlier model is alive"
         unets.append(weakref.ref(model.unet))
-        if len(moments) > 4:
+        if len(moments) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
         return step(model, number, moments, *others)
 
     monkeypatch.setattr(Model, "train_step", limited)
-    settings = {"micro_batches": (16, 8, 2, 4), "emas": ("off", "on")}
+    settings = {"micro_batches": (16, 2, 8), "emas": ("off", "on")}
     result = measure(replace(SHORT, **settings, scratch=str(tmp_path)))
     found = [(row["micro_batch"], row["ema"], row["not_measured"]) for row in result["rows"]]
     assert found == [
-        (2, "on", None),
-        (4, "on", None),
-        (8, "on", "out of memory"),
-        (16, "on", "not tried: out of memory at 8"),
-        (4, "off", None),
+        (batch, ema, reason)
+        for batch, reason in (
+            *((2, None), (8, "out of memory")),
+            (16, "not tried: out of memory at 8"),
+        )
+        for ema in ("on", "off")
     ]
-    assert [len(row["visits"]) for row in result["rows"]] == [1, 1, 0, 0, 1]
+    assert [len(row["visits"]) for row in result["rows"]] == [1, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -174,24 +198,35 @@ def test_another_error_of_the_runtime_is_no_lack_of_memory(tmp_path, monkeypatch
 
 
 class FakeRuns:
-    """Takes the place of `visit`: a run takes as many seconds as its batch has samples."""
+    """Takes the place of `visit`: a run takes as many seconds as its batch has samples.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    Args:
+        images_per_sec: of a case and its how-manieth round; 1 where not given.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        images_per_sec: Callable[[Case, int], float] = lambda case, number: 1.0,
+    ) -> None:
+        self._images_per_sec = images_per_sec
         self.now, self.cases, self.datasets = 0.0, [], set()
         monkeypatch.setattr(train_step, "monotonic", lambda: self.now)
         monkeypatch.setattr(train_step, "release_memory", lambda: None)
         monkeypatch.setattr(train_step, "visit", self)
+        monkeypatch.setattr(train_step, "check_parity", lambda *_: 0.0)
 
     def __call__(self, case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
         self.now += case.micro_batch
         self.cases.append(case)
         self.datasets.add((data, data.stat().st_ino))
-        names = [*train_step._FIGURES.values(), "perf/peak_mem_gib"]
+        figures = dict.fromkeys([*train_step._FIGURES.values(), "perf/peak_mem_gib"], 1.0)
+        figures["perf/images_per_sec"] = self._images_per_sec(case, self.cases.count(case))
         return Visit(
             device="cuda",
             attention="flash",
             setup_sec=1.0,
-            blocks=[dict.fromkeys(names, 1.0)] * timing.blocks,
+            blocks=[figures] * timing.blocks,
             flops_per_image=1,
             matmul_flops_per_sec=1.0,
             gpu={},
@@ -200,6 +235,7 @@ class FakeRuns:
 
 FULL = TrainStepConfig(
     presets=("tiny",),
+    loops=("latentmill",),
     micro_batches=(8, 16),
     attentions=("auto", "flash", "cudnn"),
     precisions=("bf16", "bf16-weights"),
@@ -207,6 +243,7 @@ FULL = TrainStepConfig(
     emas=("off", "on"),
     num_samples=64,
     blocks=2,
+    rounds=2,
 )
 
 
@@ -214,12 +251,15 @@ def varied(case: Case) -> tuple[int, str, str, str, str]:
     return (case.micro_batch, case.attention, case.precision, case.compile, case.ema)
 
 
-def test_one_setting_is_varied_at_a_time_and_rows_repeat_in_turns(tmp_path, monkeypatch):
+def test_every_batch_runs_with_and_without_ema_and_the_rest_varies_one_at_a_time_in_turns(
+    tmp_path, monkeypatch, capsys
+):
     runs = FakeRuns(monkeypatch)
     sweep = Sweep(FULL, tmp_path)
     sweep.run()
     once = [
         (8, "auto", "bf16-weights", "off", "on"),
+        (8, "auto", "bf16-weights", "off", "off"),
         (16, "auto", "bf16-weights", "off", "on"),
         (16, "auto", "bf16-weights", "off", "off"),
         (16, "flash", "bf16-weights", "off", "on"),
@@ -231,6 +271,134 @@ def test_one_setting_is_varied_at_a_time_and_rows_repeat_in_turns(tmp_path, monk
     assert [len(row.visits) for row in sweep.rows] == [2] * len(once)
     assert len(runs.datasets) == 1
     assert sweep.left_out == []
+    assert "8 rows (--product would be 48), gone through 2 times" in capsys.readouterr().out
+
+
+def test_the_product_is_every_combination_once_and_what_compiles_comes_last(
+    tmp_path, monkeypatch, capsys
+):
+    runs = FakeRuns(monkeypatch)
+    Sweep(replace(FULL, product=True, rounds=1, max_minutes=99.0), tmp_path).run()
+    found = [varied(case) for case in runs.cases]
+    axes = ((8, 16), FULL.attentions, FULL.precisions, FULL.compiles, FULL.emas)
+    assert sorted(found) == sorted(itertools.product(*axes))
+    assert [compiled for *_, compiled, _ in found] == ["off"] * 24 + ["full"] * 24
+    assert "48 rows (one setting at a time would be 8)" in capsys.readouterr().out
+
+
+def test_the_plain_loop_runs_beside_ours_with_what_it_knows_and_its_variants(tmp_path, monkeypatch):
+    runs = FakeRuns(monkeypatch)
+    Sweep(replace(FULL, loops=("diffusers", "latentmill"), rounds=1), tmp_path).run()
+    assert [(case.loop, *varied(case)) for case in runs.cases if case.loop != "latentmill"] == [
+        ("diffusers", 8, "sdpa", "bf16", "off", "on"),
+        ("diffusers", 16, "sdpa", "bf16", "off", "on"),
+        ("diffusers+channels-last", 16, "sdpa", "bf16", "off", "on"),
+        ("diffusers+xformers", 16, "xformers", "bf16", "off", "on"),
+    ]
+    assert [case.loop for case in runs.cases[:3]] == ["latentmill", "latentmill", "diffusers"]
+    assert len(runs.cases) == 8 + 4
+
+
+def test_the_plain_loops_product_has_every_variant_in_every_batch_with_and_without_ema(
+    tmp_path, monkeypatch
+):
+    runs = FakeRuns(monkeypatch)
+    listed = {"loops": ("diffusers",), "precisions": ("no", "bf16-weights", "bf16")}
+    Sweep(replace(FULL, **listed, product=True, rounds=1), tmp_path).run()
+    found = [(case.loop, case.micro_batch, case.precision, case.ema) for case in runs.cases]
+    loops = ("diffusers", "diffusers+channels-last", "diffusers+xformers")
+    expected = itertools.product(loops, (8, 16), ("no", "bf16"), ("on", "off"))
+    assert sorted(found) == sorted(expected)
+
+
+def test_the_best_of_each_loop_is_compared_with_equal_ema_block_by_block(
+    tmp_path, monkeypatch, capsys
+):
+    def images_per_sec(case: Case, number: int) -> float:
+        speed = {"latentmill": 40.0, "diffusers+channels-last": 20.0}.get(case.loop, 10.0)
+        faster_later = number if case.loop == "latentmill" else 1
+        return speed * faster_later * (2 if case.ema == "off" else 1)
+
+    FakeRuns(monkeypatch, images_per_sec)
+    listed = {"attentions": ("auto",), "compiles": ("off",), "precisions": ("bf16",)}
+    config = replace(FULL, **listed, loops=("latentmill", "diffusers"), scratch=str(tmp_path))
+    result = measure(config)
+    (found,) = result["comparisons"]  # the plain loop did not run without EMA
+    assert (found["preset"], found["ema"]) == ("tiny", "on")
+    assert found["latentmill"]["loop"] == "latentmill"
+    assert found["diffusers"]["loop"] == "diffusers+channels-last"
+    assert found["samples"] == [2.0, 2.0, 4.0, 4.0]  # two blocks in each of two rounds
+    assert found["speedup"]["median"] == 3.0
+    costs = result["ema_costs"]
+    assert [(cost["loop"], cost["micro_batch"]) for cost in costs] == [
+        ("latentmill", 8),
+        ("latentmill", 16),
+    ]
+    assert all(cost["samples"] == [0.5] * 4 for cost in costs)
+    print_table(result)
+    printed = capsys.readouterr().out
+    assert "latentmill at its best is 3.00x" in printed
+    assert "not told apart" not in printed
+    assert "    16      60.0     120.0      50.0%  50.0% to 50.0%" in printed
+
+
+def test_settings_are_varied_at_the_largest_batch_that_fits_with_the_bases_ema(
+    tmp_path, monkeypatch
+):
+    def images_per_sec(case: Case, number: int) -> float:
+        if case.micro_batch == 16 and (case.ema == "on" or case.loop != "latentmill"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    runs = FakeRuns(monkeypatch, images_per_sec)
+    listed = {"loops": ("latentmill", "diffusers"), "precisions": ("bf16",)}
+    Sweep(replace(FULL, **listed, rounds=1), tmp_path).run()
+    varied_later = runs.cases[6:]
+    assert [(case.loop, case.attention, case.compile) for case in varied_later] == [
+        ("diffusers+channels-last", "sdpa", "off"),
+        ("diffusers+xformers", "xformers", "off"),
+        ("latentmill", "flash", "off"),
+        ("latentmill", "cudnn", "off"),
+        ("latentmill", "auto", "full"),
+    ]
+    assert {case.micro_batch for case in varied_later} == {8}
+
+
+def test_a_row_that_ran_out_of_memory_later_is_not_compared(tmp_path, monkeypatch):
+    def images_per_sec(case: Case, number: int) -> float:
+        if case.loop == "latentmill" and case.micro_batch == 16 and number == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return float(case.micro_batch)
+
+    FakeRuns(monkeypatch, images_per_sec)
+    listed = {"attentions": ("auto",), "compiles": ("off",), "precisions": ("bf16",)}
+    loops = ("latentmill", "diffusers")
+    result = measure(replace(FULL, **listed, emas=("on",), loops=loops, scratch=str(tmp_path)))
+    (found,) = result["comparisons"]
+    assert found["latentmill"]["micro_batch"] == 8
+    assert found["diffusers"]["micro_batch"] == 16
+    assert result["ema_costs"] == []
+
+
+def test_loops_whose_speeds_overlap_are_said_to_be_alike(tmp_path, monkeypatch, capsys):
+    def images_per_sec(case: Case, number: int) -> float:
+        return 1.0 + (number == 1) * (case.loop == "latentmill") + (number == 2)
+
+    FakeRuns(monkeypatch, images_per_sec)
+    config = replace(FULL, loops=("latentmill", "diffusers"), rounds=3, max_minutes=99.0)
+    print_table(measure(replace(config, scratch=str(tmp_path))))
+    assert "the plain diffusers loop at its best: not told apart" in capsys.readouterr().out
+
+
+def test_loops_that_train_differently_are_not_timed(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise UserError("the losses", "differ")
+
+    runs = FakeRuns(monkeypatch)
+    monkeypatch.setattr(train_step, "check_parity", refuse)
+    with pytest.raises(UserError, match="differ"):
+        measure(replace(FULL, loops=("latentmill", "diffusers"), scratch=str(tmp_path)))
+    assert runs.cases == []
 
 
 def test_the_base_is_the_first_setting_where_the_usual_one_is_not_listed(tmp_path, monkeypatch):
@@ -248,12 +416,13 @@ def test_the_budget_ends_the_run_before_the_row_that_would_pass_it(tmp_path, mon
     runs = FakeRuns(monkeypatch)
     config = replace(FULL, attentions=("auto",), max_minutes=50 / 60, scratch=str(tmp_path))
     result = measure(config)
-    assert len(runs.cases) == 3  # 8 + 16 + 16 seconds; another 16 would end after 50
+    assert len(runs.cases) == 4  # 8 + 8 + 16 + 16 seconds; another 16 would end after 50
     assert runs.now <= 60 * config.max_minutes
-    assert len(result["rows"]) == 3
+    assert len(result["rows"]) == 4
+    beside = "tiny, latentmill, batch 16, attention auto, precision"
     assert result["left_out"] == [
-        "tiny, batch 16, attention auto, precision bf16, compile off, EMA on",
-        "tiny, batch 16, attention auto, precision bf16-weights, compile full, EMA on",
+        f"{beside} bf16, compile off, EMA on",
+        f"{beside} bf16-weights, compile full, EMA on",
         *(f"{case}, round 2" for case in runs.cases),
     ]
     print_table(result)
@@ -272,6 +441,7 @@ def test_each_preset_has_its_own_dataset_and_nothing_stays(tmp_path, monkeypatch
     [
         ({"presets": ("sd3",)}, "sd3"),
         ({"presets": ()}, "--presets"),
+        ({"loops": ()}, "--loops"),
         ({"micro_batches": (8, 0)}, "--micro-batches"),
         ({"warmup": 0}, "--warmup"),
         ({"steps": 0}, "--steps"),
@@ -302,22 +472,35 @@ def test_the_command_prints_rows_as_they_come_and_ends_with_one_json_line(
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert result == json.loads(out.read_text())
-    assert result["theme"] == "train_step"
+    assert result["theme"] == "train-step"
     assert result["left_out"] == []
-    on, off, xformers = result["rows"]
-    assert (on["ema"], off["ema"], xformers["attention"]) == ("on", "off", "xformers")
-    for row in (on, off):
+    on, off, plain, channels_last, plain_xformers, xformers = result["rows"]
+    assert [row["ema"] for row in result["rows"]] == ["on", "off", "on", "on", "on", "on"]
+    assert [row["loop"] for row in (plain, channels_last, plain_xformers)] == [
+        "diffusers",
+        "diffusers+channels-last",
+        "diffusers+xformers",
+    ]
+    for row in (on, off, plain, channels_last):
         assert [len(visit["blocks"]) for visit in row["visits"]] == [2]
         assert set(row["images_per_sec"]) == {"median", "p10", "p90"}
         blocks = [block for visit in row["visits"] for block in visit["blocks"]]
         assert row["mfu"]["median"] == pytest.approx(np.median([b["perf/mfu"] for b in blocks]))
         assert all(math.isfinite(block["train/loss"]) for block in blocks)
-    assert "xformers does not run here" in xformers["not_measured"]
-    assert xformers["visits"] == []
+    peaks = {visit["matmul_flops_per_sec"] for row in result["rows"] for visit in row["visits"]}
+    assert len(peaks) == 1, "all are held to one measurement"
+    for row in (xformers, plain_xformers):
+        assert "xformers does not run here" in row["not_measured"]
+        assert row["visits"] == []
+    assert result["loss_difference_frac"]["tiny"] < 1e-4
+    (comparison,) = result["comparisons"]
+    assert len(comparison["samples"]) == 2
+    assert [cost["micro_batch"] for cost in result["ema_costs"]] == [2]
     rows = [line for line in lines if line.startswith("tiny ")]
-    assert len(rows) == 3 + 3  # as they come, then the table
+    assert len(rows) == 6 + 6  # as they come, then the table
     assert len({len(line) for line in lines if line.startswith("preset ")}) == 1
-    assert sum("xformers does not run here" in line for line in rows) == 2
+    assert sum("xformers does not run here" in line for line in rows) == 4
+    assert lines[0].startswith("6 rows (--product would be ")
     assert result["environment"]["versions"]["torch"] == torch.__version__
     assert " train-step " in result["environment"]["command"]
     assert list(scratch.iterdir()) == []

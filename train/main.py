@@ -248,6 +248,7 @@ def _agreement(accelerator: Accelerator) -> Callable[[Any], Any]:
 
 
 def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A buffer from which the copy to a GPU overlaps with what the GPU is doing."""
     import torch
 
     like = torch.from_numpy(np.empty(0, dtype))

@@ -39,7 +39,12 @@ def resolutions(flag: str, text: str) -> list[int]:
         if int(part) % _LATENT_CELL:
             raise UserError(flag, part, wanted=f"multiples of {_LATENT_CELL} (the VAE's factor)")
     if not found or len(set(found)) < len(found):
-        raise UserError(flag, text or "not given", wanted="each phase's once, such as 256,512")
+        raise UserError(
+            flag,
+            text or "not given",
+            wanted="each phase's once, such as 256,512",
+            remedy="" if text else "or begin from a job: --preset mosaicml-a100",
+        )
     return [int(part) for part in found]
 
 

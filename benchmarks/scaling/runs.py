@@ -12,7 +12,7 @@ from benchmarks.result import spread
 from benchmarks.scaling.launch import launch
 from benchmarks.scaling.model import Sharding
 from benchmarks.scaling.worker import Task
-from benchmarks.train_step_data import columns_for, write_latents
+from benchmarks.train_step.data import columns_for, write_latents
 from shards.column import Json
 from train.presets import preset
 

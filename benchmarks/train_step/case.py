@@ -1,4 +1,4 @@
-"""One configuration of the training step, and how it is timed: the real reader, the real loop."""
+"""One case of the training step, and how it is timed: the real reader, the loop as it is used."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 CompileMode = Literal["off", "regional", "full"]
 Switch = Literal["on", "off"]
+Loop = Literal["latentmill", "diffusers", "diffusers+channels-last", "diffusers+xformers"]
 
 _EMA_DECAY = 0.9999  # for presets that keep no average
-_GPU_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu")
+GPU_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Case:
     """What is varied; everything else is the preset's."""
 
     preset: str
+    loop: Loop
     micro_batch: int
     attention: AttentionChoice
     precision: Precision
@@ -42,8 +44,8 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.preset}, batch {self.micro_batch}, attention {self.attention}, precision "
-            f"{self.precision}, compile {self.compile}, EMA {self.ema}"
+            f"{self.preset}, {self.loop}, batch {self.micro_batch}, attention {self.attention}, "
+            f"precision {self.precision}, compile {self.compile}, EMA {self.ema}"
         )
 
     def train_config(self, data: Path, run_dir: Path, num_steps: int) -> TrainConfig:
@@ -99,8 +101,8 @@ class Visit:
         device: cuda or cpu.
         attention: the kernels that ran.
         setup_sec: building, choosing kernels, compiling, warming up.
-        blocks: the trainer's own rows of metrics, one for each timed block. Peak memory counts
-            from the start of the visit; on a CPU it is that of the whole process so far.
+        blocks: rows of metrics as the trainer writes them, one for each timed block. Peak memory
+            counts from the start of the visit; on a CPU it is that of the whole process so far.
         flops_per_image: of the U-Net's forward and backward pass.
         matmul_flops_per_sec: of the device, as the trainer measured it for MFU.
         gpu: clock, power and temperature right after the last block, where nvidia-smi tells.
@@ -129,7 +131,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
 
 
 def visit(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
-    """Build, warm up and time one case; a timed block ends with the loop's only synchronisation.
+    """Build, warm up and time one case; at the end of a timed block the host waits for the device.
 
     Args:
         case: what to run.
@@ -141,6 +143,15 @@ def visit(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
         UserError: it does not run here, or its loss is not finite.
         RuntimeError: among others, see `is_out_of_memory`: it does not fit.
     """
+    if case.loop == "latentmill":
+        return _visit_trainer(case, data, run_dir, timing)
+
+    from benchmarks.train_step.baseline import visit_baseline
+
+    return visit_baseline(case, data, run_dir, timing)
+
+
+def _visit_trainer(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
     from train.compilation import compile_errors
 
     began = time.perf_counter()
@@ -153,7 +164,7 @@ def visit(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
         setup_sec = time.perf_counter() - began
         for until in range(timing.warmup, timing.num_steps, timing.steps):
             trainer.run(until + timing.steps)
-        gpu = gpu_state(*_GPU_FIELDS)
+        gpu = gpu_state(*GPU_FIELDS)
     assert (trainer.model.average is not None) == (case.ema == "on")
     _, *blocks = read_metrics(run_dir / "metrics.jsonl")  # the first row is the warm-up's
     assert len(blocks) == timing.blocks

@@ -1,0 +1,1 @@
+"""The training step of stage 2, beside the plain diffusers loop."""
