@@ -10,12 +10,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from benchmarks.random_model import RANDOM_SD2
+from benchmarks.model_configs import SD2_TEXT, SD15_TEXT
 from precompute.config import PrecomputeConfig
 from precompute.job import precompute
-from shards.errors import UserError
 from train.config import TrainConfig
 
 _FOLDER = Path("data/bench")
@@ -23,7 +23,7 @@ _TINY_MODEL = "examples/tiny-model"
 _SIZES_MEGAPIXELS = (0.5, 1.0)  # all sides above 512 pixels
 _SCENES = 2000
 _SHARDS = 4
-_SD2_UNETS = ("sd2-base",)
+_TEXT_ENCODERS = {"sd2-base": SD2_TEXT, "sd15": SD15_TEXT}
 
 
 def own_dataset(config: TrainConfig, num_images: int) -> str:
@@ -35,21 +35,12 @@ def own_dataset(config: TrainConfig, num_images: int) -> str:
 
     Returns:
         its path; what is there already is used again.
-
-    Raises:
-        UserError: there are no encoders for this U-Net.
     """
     if config.unet == "tiny":
         shards, model, name = _draw_scenes(), _TINY_MODEL, "tiny"
-    elif config.unet in _SD2_UNETS:
-        name = f"{config.unet}-{config.resolution}-{num_images}"
-        shards, model = _draw_photographs(name, num_images), str(_random_sd2())
     else:
-        raise UserError(
-            "--data",
-            f"none, and no encoders of {config.unet}'s size are at hand",
-            remedy="--data <a latent dataset that was precomputed for it>",
-        )
+        name = f"{config.unet}-{config.resolution}-{num_images}"
+        shards, model = _draw_photographs(name, num_images), _draw_encoders(config.unet)
     out = str(_FOLDER / name / "latents")
     common = PrecomputeConfig(
         shards=shards, out=out, model=model, resolutions=str(config.resolution)
@@ -79,10 +70,12 @@ def _draw_photographs(name: str, num_images: int) -> str:
     return f"{_once(_FOLDER / name / 'images', write)}/*.tar"
 
 
-def _random_sd2() -> Path:
-    from benchmarks.random_model import write_random_sd2
+def _draw_encoders(unet: str) -> str:
+    from benchmarks.random_model import write_random_model
 
-    return _once(_FOLDER / RANDOM_SD2, write_random_sd2)
+    text = _TEXT_ENCODERS[unet]
+    write = partial(write_random_model, text=text)
+    return str(_once(_FOLDER / f"random-{unet}", write))
 
 
 def _once(folder: Path, write: Callable[[Path], object]) -> Path:

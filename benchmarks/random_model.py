@@ -1,4 +1,4 @@
-"""A model folder of Stable Diffusion 2's size with random weights: for speed, not for pictures."""
+"""A model folder of Stable Diffusion's size with random weights: for speed, not for pictures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.model_configs import SD2_TEXT, SD2_VAE
+from benchmarks.model_configs import SD2_VAE
 from benchmarks.stage_one_data import draw_jpeg
 
-RANDOM_SD2 = "random-sd2"
 
+def write_random_model(folder: Path, text: dict[str, Any]) -> Path:
+    """Write VAE, text encoder and a small tokenizer: 0.85 GB in float16 with SD 2's.
 
-def write_random_sd2(folder: Path) -> Path:
-    """Write VAE, text encoder and a small tokenizer: 0.85 GB in float16."""
+    Args:
+        folder: where to.
+        text: configuration of the text encoder.
+    """
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -25,7 +28,7 @@ def write_random_sd2(folder: Path) -> Path:
     vae = AutoencoderKL(**SD2_VAE)
     vae.register_to_config(scaling_factor=_scaling_factor(vae))
     vae.half().save_pretrained(folder / "vae")
-    CLIPTextModel(CLIPTextConfig(**SD2_TEXT)).half().save_pretrained(folder / "text_encoder")
+    CLIPTextModel(CLIPTextConfig(**text)).half().save_pretrained(folder / "text_encoder")
     tokenizer = Path(__file__).parent.parent / "examples" / "tiny-model" / "tokenizer"
     shutil.copytree(tokenizer, folder / "tokenizer")
     return folder

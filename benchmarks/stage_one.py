@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.flops import text_flops, vae_flops
-from benchmarks.random_model import RANDOM_SD2, write_random_sd2
+from benchmarks.model_configs import SD2_TEXT
+from benchmarks.random_model import write_random_model
 from benchmarks.result import result, spread
 from benchmarks.stage_one_data import write_image_shards
 from precompute.columns import image_columns, text_columns
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from benchmarks.stage_one_arms import StageOne
 
 _SMALL_FRAC, _DUPLICATE_FRAC = 0.1, 0.1
+_RANDOM_SD2 = "random-sd2"
 _DEVICE_SPEED = 0.7  # of a paced device: of the images that the CPUs alone can prepare
 
 
@@ -287,8 +289,8 @@ class _Bench:
 
 
 def _find_model(name: str, scratch: Path) -> ModelFolder:
-    if name == RANDOM_SD2:
-        return ModelFolder(name, write_random_sd2(scratch / "model"))
+    if name == _RANDOM_SD2:
+        return ModelFolder(name, write_random_model(scratch / "model", SD2_TEXT))
     return find_model(name)
 
 

@@ -242,11 +242,6 @@ def test_a_batch_for_hundreds_of_gpus_is_cut_down_to_one_devices():
     assert train_config(BenchConfig(ema="off")).ema_decay == 0
 
 
-def test_sd15_without_data_is_told_what_it_needs():
-    with pytest.raises(UserError, match=r"--data: none.*sd15"):
-        measure(replace(SHORT, preset="sd15-512"))
-
-
 # The figures --------------------------------------------------------------------------------------
 
 
