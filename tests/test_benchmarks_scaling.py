@@ -43,7 +43,7 @@ COUNTS = (1, 2, 3, 4, 5, 8, 12, 16, 64, 512, 4096)
 SMALL = ScalingConfig(
     processes=(2, 1000),
     shardings=("none", "zero2"),
-    micro_batch=2,
+    micro_batch_size=2,
     steps=1,
     warmup=1,
     blocks=2,
@@ -139,7 +139,7 @@ def test_published_efficiencies_are_those_of_the_published_tables():
 
 
 def test_one_process_comes_first_and_what_has_no_device_is_a_row_with_the_reason():
-    config = ScalingConfig(processes=(4, 2, 2), shardings=("none", "zero2"), micro_batch=8)
+    config = ScalingConfig(processes=(4, 2, 2), shardings=("none", "zero2"), micro_batch_size=8)
     rows = plan_rows(config, 2, "GPUs")
     cases = [(row.num_processes, row.sharding) for row in rows]
     assert cases == [(1, "none"), (2, "none"), (4, "none"), (2, "zero2"), (4, "zero2")]
@@ -150,7 +150,7 @@ def test_one_process_comes_first_and_what_has_no_device_is_a_row_with_the_reason
 
 
 def test_strong_scaling_keeps_the_global_batch_or_says_why_it_cannot():
-    rows = plan_rows(ScalingConfig(processes=(1, 2, 3, 4), micro_batch=8, strong=True), 9, "CPUs")
+    rows = plan_rows(ScalingConfig(processes=(1, 2, 3, 4), micro_batch_size=8, strong=True), 9, "CPUs")
     assert [row.global_batch_size for row in rows] == [32] * 4
     assert [bool(row.reason) for row in rows] == [False, False, True, False]
     assert "32 samples do not divide" in rows[2].reason

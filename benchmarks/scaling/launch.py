@@ -100,7 +100,7 @@ def _error_of(log: str, status: int, num_processes: int) -> UserError:
     if status < 0:
         how = f"was ended by {signal.Signals(-status).name}"
         if -status == signal.SIGKILL:
-            remedy = "if the machine ran out of memory, a smaller --micro-batch"
+            remedy = "if the machine ran out of memory, a smaller --micro-batch-size"
     elif not said or said.startswith(_SAID_NOTHING):
         how = f"ended with status {status}"
     else:

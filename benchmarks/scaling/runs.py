@@ -81,12 +81,12 @@ def plan_rows(config: ScalingConfig, num_devices: int, kind: str) -> list[Row]:
     ]
     rows = []
     for size, sharding in cases:
-        batch = config.micro_batch * (sizes[-1] if config.strong else size)
-        row = Row(size, sharding, config.micro_batch, batch)
+        batch = config.micro_batch_size * (sizes[-1] if config.strong else size)
+        row = Row(size, sharding, config.micro_batch_size, batch)
         if size > num_devices:
             row.reason = f"{size} processes want {size} {kind}; {num_devices} here"
-        elif batch % (size * config.micro_batch):
-            row.reason = f"{batch} samples do not divide into {size} x {config.micro_batch}"
+        elif batch % (size * config.micro_batch_size):
+            row.reason = f"{batch} samples do not divide into {size} x {config.micro_batch_size}"
         rows.append(row)
     return rows
 

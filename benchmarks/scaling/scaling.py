@@ -6,7 +6,7 @@ not here would reach is predicted from the bytes that a step sends and the speed
 marked as predicted.
 
 `--processes` without a number measures nothing: `--images-per-sec 149.5 --preset sd2-base-512
---micro-batch 64 --precision bf16-weights` predicts from a published figure.
+--micro-batch-size 64 --precision bf16-weights` predicts from a published figure.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ScalingConfig:
     """World sizes; one process always runs with them. Nothing behind the flag: predict alone."""
     shardings: tuple[Sharding, ...] = ("none",)
     """Plain data parallelism, zero2, or both; one process has nothing to shard."""
-    micro_batch: int = 16
+    micro_batch_size: int = 16
     """Samples of a forward pass of each process."""
     strong: bool = False
     """Keep the global batch, that of the most processes: fewer of them accumulate. Else every
@@ -138,7 +138,7 @@ def measure(config: ScalingConfig) -> dict[str, Any]:
 
 def check_config(config: ScalingConfig) -> None:
     """Refuse settings that make no run, before anything takes time."""
-    counts = ("micro_batch", "steps", "warmup", "blocks", "rounds", "num_samples")
+    counts = ("micro_batch_size", "steps", "warmup", "blocks", "rounds", "num_samples")
     positive = (*counts, "devices_per_node", "intra_node_gb_per_sec", "inter_node_gbit_per_sec")
     for name in positive:
         if getattr(config, name) <= 0:
@@ -218,7 +218,7 @@ def _all_reduce(num_processes: int, visits: list[Json], num_bytes: int) -> Json:
 
 def _predict(config: ScalingConfig, payloads: dict[Sharding, Payload], rate: float) -> Json:
     """Rows for devices that are not here, and all that they rest on."""
-    compute_sec, links = config.micro_batch / rate, config.links()
+    compute_sec, links = config.micro_batch_size / rate, config.links()
     rows = [
         {"sharding": sharding, **predict(count, compute_sec, payload, links)}
         for sharding, payload in payloads.items()
@@ -228,7 +228,7 @@ def _predict(config: ScalingConfig, payloads: dict[Sharding, Payload], rate: flo
         "assumptions": {
             "images_per_sec": rate,
             "images_per_sec_is": "given" if config.images_per_sec else "measured here",
-            "micro_batch": config.micro_batch,
+            "micro_batch": config.micro_batch_size,
             "compute_sec": compute_sec,
             **asdict(links),
             "model": list(ASSUMPTIONS),
