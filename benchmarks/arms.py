@@ -43,8 +43,9 @@ MEANING = {
     "online": "from image shards: read, decode, VAE, text encoder",
 }
 # Relative, of the mean loss of a block. The cache is float16, and a batch's company moves the last
-# bits of what an encoder makes of it; what is resident was read from the same cache.
-_TOLERANCE = {"resident": 1e-5, "offline": 0.0, "ids": 1e-3, "online": 1e-3}
+# bits of what an encoder makes of it. What is resident was read from the same cache; on a GPU sums
+# may come in another order.
+_TOLERANCE = {"resident": 1e-4, "offline": 0.0, "ids": 1e-3, "online": 1e-3}
 
 
 class ResidentBatches:

@@ -204,7 +204,7 @@ def test_losses_within_the_rounding_of_the_cache_are_equal():
     "losses",
     [
         {"offline": 0.5, "online": 0.5006},
-        {"resident": 0.50001, "offline": 0.5},
+        {"resident": 0.5001, "offline": 0.5},
         {"ids": 0.5, "online": 0.51},
         {"offline": 0.5, "online": float("nan")},
     ],

@@ -150,7 +150,9 @@ def test_one_process_comes_first_and_what_has_no_device_is_a_row_with_the_reason
 
 
 def test_strong_scaling_keeps_the_global_batch_or_says_why_it_cannot():
-    rows = plan_rows(ScalingConfig(processes=(1, 2, 3, 4), micro_batch_size=8, strong=True), 9, "CPUs")
+    rows = plan_rows(
+        ScalingConfig(processes=(1, 2, 3, 4), micro_batch_size=8, strong=True), 9, "CPUs"
+    )
     assert [row.global_batch_size for row in rows] == [32] * 4
     assert [bool(row.reason) for row in rows] == [False, False, True, False]
     assert "32 samples do not divide" in rows[2].reason
