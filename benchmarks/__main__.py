@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.result import publish
+from benchmarks.result import NOWHERE, output_file, publish
 from shards.errors import UserError, reported
 
 # Module and settings of each command. A module measures (`measure`, `print_table`) or just runs
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(module, "run"):
             module.run(config)
             return
+        if config.out not in ("", NOWHERE):
+            output_file(config.out)  # a mistake is told before anything takes time
         document = module.measure(config)
         module.print_table(document)
         publish(document, config.out)

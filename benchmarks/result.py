@@ -4,7 +4,8 @@
 
 `protocol` has the settings, `environment` the machine, the versions and the commit; what else there
 is depends on the theme, raw samples beside every median. A result's name is
-`benchmarks/results/<theme>_<hardware>_<yyyymm>.json`; within a month a newer one takes its place.
+`benchmarks/results/<theme>_<hardware>_<yyyymm>.json`, with its variant behind the theme where it has
+one; within a month a newer one takes its place.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from shards.storage import write_text_whole
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
 NOWHERE = "-"
-_KEYS = ("theme", "protocol", "environment")
+_KEYS = ("theme", "variant", "protocol", "environment")
 _GPU_FIELDS = (
     *("driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory"),
     *("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"),
@@ -48,37 +49,65 @@ _NOISE = re.compile(
 )
 
 
-def result(theme: str, config: Any, **figures: Any) -> dict[str, Any]:
+def result(theme: str, config: Any, *, variant: str = "", **figures: Any) -> dict[str, Any]:
     """A result document.
 
     Args:
         theme: one word for what was measured, with hyphens.
         config: dataclass of the settings.
+        variant: what results of the theme do not take each other's place over; a preset.
         figures: what was found.
     """
-    facts = {"format": FORMAT, "theme": theme, "protocol": asdict(config)}
+    facts = {"format": FORMAT, "theme": theme, "variant": variant, "protocol": asdict(config)}
     return {**facts, "environment": environment(), **figures}
 
 
 def publish(document: dict[str, Any], out: str) -> None:
-    """Write a result and print it as the last line.
+    """Write a result and print it as the last line, even where it cannot be written.
 
     Args:
         document: of `result`.
         out: file; empty: its place among the results; `-`: nowhere.
+
+    Raises:
+        StorageError: it cannot be written.
     """
-    if out != NOWHERE:
-        path = Path(out) if out else result_path(document)
-        write_text_whole(path, canonical_json(document))
-        print(f"written to {path.relative_to(Path.cwd()) if _is_below_here(path) else path}")
-    print(json.dumps(document), flush=True)
+    try:
+        if out != NOWHERE:
+            _write(document, output_file(out) if out else result_path(document))
+    finally:
+        print(json.dumps(document, allow_nan=False), flush=True)
+
+
+def _write(document: dict[str, Any], path: Path) -> None:
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    replaced = ""
+    if path.exists():
+        with suppress(UserError):
+            env = read_result(path)["environment"]
+            replaced = f", in place of the result of {env['date']} at {env['commit']}"
+    write_text_whole(path, canonical_json(document))
+    print(f"written to {shown}{replaced}")
+
+
+def output_file(out: str) -> Path:
+    """The file that an `--out` names: what a link points to, and nothing that is no file.
+
+    Raises:
+        UserError: it names a folder, a device, or nothing.
+    """
+    path = Path(out).resolve()
+    if not out or (path.exists() and not path.is_file()):
+        raise UserError("--out", out or "empty", wanted="a file, or one that is not there yet")
+    return path
 
 
 def result_path(document: dict[str, Any]) -> Path:
     """Where a result belongs when nobody says otherwise."""
     env = document["environment"]
     month = env["date"][:7].replace("-", "")
-    return RESULTS / f"{document['theme']}_{env['hardware']}_{month}.json"
+    theme = "-".join(filter(None, (document["theme"], document["variant"])))
+    return RESULTS / f"{theme}_{env['hardware']}_{month}.json"
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -89,7 +118,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(path, f"cannot be read: {error}", wanted="a benchmark's result") from error
     if not isinstance(document, dict) or any(key not in document for key in _KEYS):
         raise UserError(path, "is no benchmark's result", wanted=f"a JSON object with {_KEYS}")
@@ -134,6 +163,7 @@ def environment() -> dict[str, Any]:
         "cpu_mhz": _cpu_mhz(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # of the last minute: ours is in it
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda if on_gpu else None,
@@ -216,7 +246,3 @@ def _cpu_facts(name: str) -> list[str]:
     except OSError:
         return []
     return [line.split(":", 1)[1].strip() for line in lines if line.startswith(name)]
-
-
-def _is_below_here(path: Path) -> bool:
-    return path.is_absolute() and path.is_relative_to(Path.cwd())

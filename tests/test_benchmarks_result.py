@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.result import (
     RESULTS,
     environment,
     hardware_name,
+    output_file,
     publish,
     read_result,
     result,
@@ -82,6 +84,49 @@ def test_it_is_written_under_theme_hardware_and_month_and_is_the_last_line(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == document
 
 
+def test_another_preset_is_another_file_and_what_is_replaced_is_said(results, capsys):
+    names = []
+    for preset in ("tiny", "sd2-base-256"):
+        document = result("online-offline", Settings(), variant=preset)
+        publish(document, "")
+        names.append(result_path(document).name)
+    assert len(set(names)) == 2
+    assert names[1].startswith("online-offline-sd2-base-256_")
+    assert "in place of" not in capsys.readouterr().out
+    publish(document, "")
+    assert f"in place of the result of {document['environment']['date']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", ["", "folder", "device", "link-to-folder"])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, out):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link-to-folder").symlink_to(tmp_path / "folder")
+    os.mkfifo(tmp_path / "device")
+    with pytest.raises(UserError, match="--out"):
+        output_file(str(tmp_path / out) if out else "")
+
+
+def test_a_link_is_followed_and_stays_a_link(document, tmp_path, capsys):
+    target, link = tmp_path / "real.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    publish(document, str(link))
+    assert link.is_symlink()
+    assert read_result(target) == document
+
+
+def test_a_result_that_cannot_be_written_is_printed_all_the_same(document, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError):
+        publish(document, str(tmp_path / "file" / "r.json"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == document
+
+
+def test_figures_that_are_no_numbers_are_never_published(results, capsys):
+    with pytest.raises(ValueError, match="JSON"):
+        publish(result("loader", Settings(), speed=float("nan")), "-")
+
+
 def test_it_can_be_written_elsewhere_or_nowhere(document, results, tmp_path, capsys):
     publish(document, str(tmp_path / "x" / "mine.json"))
     assert read_result(tmp_path / "x" / "mine.json") == document
@@ -99,8 +144,12 @@ def test_it_can_be_written_elsewhere_or_nowhere(document, results, tmp_path, cap
         ("\xff\xfe", "cannot be read"),
         ("[1, 2]", "is no benchmark's result"),
         ('{"theme": "loader"}', "is no benchmark's result"),
-        ('{"theme": "x", "protocol": {}, "environment": {}}', "format None"),
-        ('{"format": 2, "theme": "x", "protocol": {}, "environment": {}}', "format 2"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"theme": "x", "variant": "", "protocol": {}, "environment": {}}', "format None"),
+        (
+            '{"format": 2, "theme": "x", "variant": "", "protocol": {}, "environment": {}}',
+            "format 2",
+        ),
     ],
 )
 def test_what_is_no_result_of_this_format_is_refused_by_name(tmp_path, text, found):
