@@ -37,8 +37,8 @@ def measure_components(arms: Arms, repeats: int) -> dict[str, Any]:
     """
     trainer = next(iter(arms.trainers.values()))
     parts = _update_parts(trainer, _a_batch(arms))
-    if online := arms.sources.get("online"):
-        parts |= _encoder_parts(online, trainer)  # type: ignore[arg-type]
+    if watched := arms.sources.get("online"):
+        parts |= _encoder_parts(watched.source, trainer)  # type: ignore[arg-type]
     for run in parts.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in parts}
@@ -55,7 +55,7 @@ def measure_components(arms: Arms, repeats: int) -> dict[str, Any]:
 
 
 def _a_batch(arms: Arms) -> LatentBatch:
-    """A batch of the reader's: what the encoders' arms yield differs from it by rounding alone."""
+    """Of any arm: they differ by rounding alone."""
     name, trainer = next(iter(arms.trainers.items()))
     return next(arms.sources[name].iter_batches(0, trainer.positions))
 

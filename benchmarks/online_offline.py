@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from benchmarks.arms import MEANING, ArmName, Arms, Blocks, Timed, open_columns
 from benchmarks.bench_data import own_dataset
-from benchmarks.break_even import stage_one_images_per_sec, totals
+from benchmarks.break_even import encode_images_per_sec, receipts_images_per_sec, totals
 from benchmarks.components import measure_components
 from benchmarks.flops import flops_per_image, predicted_ratio
 from benchmarks.result import result, spread
@@ -36,7 +36,11 @@ from train.presets import preset
 # Samples of a step where the preset's own batch is one for hundreds of GPUs.
 _LARGE_BATCH = 256
 _BATCHES = {"cpu": 1, "cuda": 64}
-_USUAL_WARMUP = 5
+_USUAL_WARMUP = (
+    7  # online, six batches lie decoded: four in the queue, one behind it, one before it
+)
+_NOISE = 1.5  # p90 over p10 of a ratio, from which on the machine was too busy to tell
+_FLOAT32 = {"no": "float32"}  # what no mixed precision is
 _EMA_DECAY = 0.9999  # for presets that keep no average
 
 
@@ -68,7 +72,7 @@ class BenchConfig:
     steps: int = 8
     """Timed steps in a block."""
     warmup: int = 0
-    """Steps before each block that are not timed; 0: 5, one more than the sources prefetch, or 1
+    """Steps before each block that are not timed; 0: 7, one more than the sources prefetch, or 1
     for a large U-Net on a CPU."""
     num_images: int = 0
     """Distinct images to draw for the SD2 presets; 0: 16 batches, at most 1024."""
@@ -91,6 +95,9 @@ def measure(bench: BenchConfig) -> dict[str, Any]:
     num_images = bench.num_images or min(1024, max(16, 16 * config.global_batch_size))
     dataset = Dataset(bench.data or own_dataset(config, num_images))
     columns = open_columns(dataset, config)
+    batch, num_rows = config.global_batch_size, columns.image.num_rows
+    if batch > num_rows:
+        raise UserError("--global-batch-size", f"{batch}", wanted=f"at most {num_rows}, all images")
     with tempfile.TemporaryDirectory() as scratch:
         arms = Arms(config, columns, bench.arms, blocks, Path(scratch))
         try:
@@ -98,27 +105,31 @@ def measure(bench: BenchConfig) -> dict[str, Any]:
             components = measure_components(arms, blocks.blocks)
         finally:
             arms.close()
-        model = next(iter(arms.trainers.values())).model
     flops = flops_per_image(
         config.unet, find_model(columns.image.model), columns.image.spec, columns.text.spec
     )
+    device = arms.accelerator.device.type
     return result(
         "online-offline",
         bench,
+        variant=bench.preset,
         preset=bench.preset,
         blocks=asdict(blocks),
         resolution=config.resolution,
-        global_batch_size=config.global_batch_size,
-        device=arms.accelerator.device.type,
-        precision=model.precision.name,
-        attention=model.attention,
-        ema=model.average is not None,
-        arms={name: arm_figures(name, timed, config.global_batch_size) for name in timed},
+        global_batch_size=batch,
+        device=device,
+        precision=arms.model.precision.name,
+        attention=arms.model.attention,
+        ema=arms.model.average is not None,
+        arms={name: arm_figures(name, timed, batch) for name in timed},
         not_measured=arms.not_measured,
         components=components,
         flops_per_image=flops,
         flops_predicted_speedup=predicted_ratio(flops),
-        **compare(timed, config, stage_one_images_per_sec(dataset, columns.image, columns.text)),
+        stage1_receipts_images_per_sec=receipts_images_per_sec(
+            dataset, columns.image, columns.text
+        ),
+        **compare(timed, components, batch, device),
     )
 
 
@@ -191,21 +202,29 @@ def time_ratios(timed: dict[str, list[Timed]], numerator: str, denominator: str)
 
 
 def compare(
-    timed: dict[str, list[Timed]], config: TrainConfig, encode_per_sec: float
+    timed: dict[str, list[Timed]], components: dict[str, Any], batch: int, device: str
 ) -> dict[str, Any]:
-    """Offline against online, where both ran: the step alone, and with stage 1 counted."""
-    figures: dict[str, Any] = {"stage1_images_per_sec": encode_per_sec}
+    """Offline against online, where both ran: the step alone, and with stage 1 counted.
+
+    All of it follows from the ratio block by block: the medians of two arms may belong to different
+    moments of a busy machine.
+    """
     if not {"online", "offline"} <= set(timed):
-        return figures
-    speeds = {
-        name: arm_figures(name, timed, config.global_batch_size)["images_per_sec"]["median"]
-        for name in ("online", "offline")
-    }
+        return {}
+    speedup = spread(time_ratios(timed, "online", "offline"))
+    offline = arm_figures("offline", timed, batch)["images_per_sec"]["median"]
+    encode = encode_images_per_sec(components, batch, device)
     return {
-        **figures,
-        "offline_speedup": spread(time_ratios(timed, "online", "offline")),
-        "totals": asdict(totals(speeds["online"], speeds["offline"], encode_per_sec)),
+        "offline_speedup": speedup,
+        "is_noisy": is_noisy(speedup),
+        "stage1_images_per_sec": encode,
+        "totals": asdict(totals(offline / speedup["median"], offline, encode)),
     }
+
+
+def is_noisy(ratio: dict[str, float]) -> bool:
+    """Whether a ratio's spread leaves open what the machine was busy with."""
+    return ratio["p10"] < 1 < ratio["p90"] or ratio["p90"] > _NOISE * ratio["p10"]
 
 
 # For people ---------------------------------------------------------------------------------------
@@ -213,10 +232,11 @@ def compare(
 
 def print_table(document: dict[str, Any]) -> None:
     """The result for people."""
-    env, precision = document["environment"], document["precision"]
+    env, ema = document["environment"], "on" if document["ema"] else "off"
+    precision = _FLOAT32.get(document["precision"], document["precision"])
     print(
         f"\n{document['preset']} at {document['resolution']} px, batch "
-        f"{document['global_batch_size']}, {precision}, EMA {'on' if document['ema'] else 'off'}, "
+        f"{document['global_batch_size']}, {precision}, EMA {ema}, "
         f"attention {document['attention']}; {env['device']}, torch {env['versions']['torch']}"
     )
     _print_arms(document)
@@ -238,7 +258,8 @@ def _print_arms(document: dict[str, Any]) -> None:
     for name, reason in document["not_measured"].items():
         print(f"{name:<10}not measured: {reason}")
     print("waits: of the time, for the next batch; ids and online encode there")
-    print("equal losses: in every block all arms had the same, within the rounding of the cache")
+    if len(document["arms"]) > 1:
+        print("equal work: in every block all arms had the same samples, latents, texts and losses")
     if document["blocks"]["warmup"] < _USUAL_WARMUP:
         print("few steps: some were timed with batches that had been decoded before")
 
@@ -264,12 +285,17 @@ def _print_comparison(document: dict[str, Any]) -> None:
         f"offline is {speedup['median']:.2f}x as fast as online (p10-p90 {speedup['p10']:.2f}-"
         f"{speedup['p90']:.2f}); FLOPs alone predict {document['flops_predicted_speedup']:.2f}x"
     )
-    print(f"with stage 1 counted, at its {document['stage1_images_per_sec']:.3g} img/s:")
+    if document["is_noisy"]:
+        load = document["environment"]["load_average"]
+        print(f"the machine was too busy to conclude from that (load {load:.1f})")
+    print(
+        f"with stage 1 counted, at the {document['stage1_images_per_sec']:.3g} img/s of its parts "
+        f"(its receipts: {document['stage1_receipts_images_per_sec']:.3g} img/s), for a million "
+        "images:"
+    )
     for epochs, total in sums["epochs"].items():
-        print(
-            f"  {epochs:>3} epochs: offline {total['offline_sec_per_image'] * 1e6 / 3600:,.3g} h, "
-            f"online {total['online_sec_per_image'] * 1e6 / 3600:,.3g} h a million images: "
-            f"{total['speedup']:.2f}x"
-        )
+        hours = {arm: total[f"{arm}_sec_per_image"] * 1e6 / 3600 for arm in ("offline", "online")}
+        shown = ", ".join(f"{arm} {value:,.3g} h" for arm, value in hours.items())
+        print(f"  epochs: {epochs:>2}   {shown}: {total['speedup']:.2f}x")
     even = sums["break_even_epochs"]
     print(f"break-even after {even:.2f} epochs" if even else "break-even: never")

@@ -61,13 +61,14 @@ def measure(config: OrderConfig) -> Json:
         written_sec = time.perf_counter() - start
         manifest_bytes = (Path(folder) / MANIFEST).stat().st_size
         runs = [_open_in_a_process(folder, config) for _ in range(config.repeats)]
+    figures: Json = {name: spread([run[name] for run in runs]) for name in runs[0]}
     return result(
         "order",
         config,
         manifest_bytes=manifest_bytes,
         manifest_written_sec=round(written_sec, 2),
         runs=runs,
-        **{name: spread([run[name] for run in runs]) for name in runs[0]},
+        **figures,
         shuffle=[measure_shuffle(config, window) for window in _WINDOWS],
     )
 

@@ -4,8 +4,8 @@
 
 `protocol` has the settings, `environment` the machine, the versions and the commit; what else there
 is depends on the theme, raw samples beside every median. A result's name is
-`benchmarks/results/<theme>_<hardware>_<yyyymm>.json`, with its variant behind the theme where it has
-one; within a month a newer one takes its place.
+`benchmarks/results/<theme>_<hardware>_<yyyymm>.json`, the theme with its variant (a preset) where
+it has one; within a month a newer one takes its place.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def measure(config: StageOneConfig) -> dict[str, Any]:
     Path(config.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.scratch, prefix="precompute-") as folder:
         bench = _Bench(config, Path(folder).resolve(), sizes)
-        found = {"null_encoder": bench.measure_cpu_path()}
+        found: dict[str, Any] = {"null_encoder": bench.measure_cpu_path()}
         if config.model_images:
             found["model"] = bench.measure_model()
     return result("precompute", config, **found)

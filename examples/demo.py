@@ -130,7 +130,9 @@ def print_account(
     parts = [part for part in ("background", "colour", "shape", "size") if part in right]
     print("\n== account")
     print(f"  time          {elapsed_sec / 60:.1f} minutes, set-up not counted")
-    print(f"  stage 1       {NUM_TRAIN:,} images, {bench['stage1_images_per_sec']:.0f} img/s")
+    print(
+        f"  stage 1       {NUM_TRAIN:,} images, {bench['stage1_receipts_images_per_sec']:.0f} img/s"
+    )
     print(
         f"  stage 2       offline {offline['median']:.0f} img/s, online "
         f"{online['median']:.0f} img/s: {bench['offline_speedup']['median']:.2f}x"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks import bench_data, random_model
 from benchmarks.bench_data import own_dataset
 from benchmarks.model_configs import SD2_TEXT, SD2_VAE
 from shards.dataset import Dataset
+from shards.errors import UserError
 from shards.verify import iter_problems
 from train.presets import preset
 
@@ -65,3 +67,21 @@ def test_what_an_interruption_left_is_made_again(folder, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             own_dataset(config, 8)
     assert Dataset(own_dataset(config, 8)).image_column(256).num_rows == 8
+
+
+def test_columns_of_encoders_that_have_changed_give_way(folder, monkeypatch):
+    config = preset("sd2-base-256")
+    text = Dataset(own_dataset(config, 6)).text_column()
+    shutil.rmtree(folder / "random-sd2-base")
+    deeper = {**SMALL_TEXT, "num_attention_heads": 2, "num_hidden_layers": 2}
+    monkeypatch.setattr(bench_data, "_TEXT_ENCODERS", {"sd2-base": deeper})
+    dataset = Dataset(own_dataset(config, 6))
+    assert len(dataset.columns) == 3
+    assert dataset.text_column().column_id != text.column_id
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "data").write_text("a file, where a folder should be")
+    monkeypatch.setattr(bench_data, "_FOLDER", tmp_path / "data" / "bench")
+    with pytest.raises(UserError, match="cannot be written"):
+        own_dataset(preset("tiny"), 1)

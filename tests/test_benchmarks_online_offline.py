@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +15,18 @@ import pytest
 import torch
 from conftest import run_python
 
-from benchmarks import arms as arms_module
-from benchmarks.arms import (
-    MEANING,
-    Arms,
-    Blocks,
-    ResidentBatches,
-    Timed,
-    check_equal_losses,
-    open_columns,
+from benchmarks.arms import MEANING, Arms, Blocks, ResidentBatches, Timed, open_columns
+from benchmarks.break_even import encode_images_per_sec, totals
+from benchmarks.equal_work import WatchedSource, check_equal_batches, check_equal_losses
+from benchmarks.online_offline import (
+    BenchConfig,
+    arm_figures,
+    compare,
+    is_noisy,
+    measure,
+    time_ratios,
+    train_config,
 )
-from benchmarks.break_even import totals
-from benchmarks.online_offline import BenchConfig, arm_figures, measure, time_ratios, train_config
 from precompute.config import PrecomputeConfig
 from precompute.job import precompute
 from precompute.online import OnlineBatches
@@ -160,65 +161,189 @@ def test_the_arms_share_one_model_and_leave_its_weights_as_they_are(dataset, tmp
     assert all(trainer.step == 6 for trainer in arms.trainers.values())
 
 
-def other_noise(batch: LatentBatch) -> LatentBatch:
-    return replace(batch, moments=torch.as_tensor(batch.moments) * 1.05)
+def first_row(stored: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    rows = torch.as_tensor(stored).float().clone()
+    rows[0] = change(rows[0])
+    return rows
 
 
-def other_captions(batch: LatentBatch) -> LatentBatch:
-    return replace(batch, states=torch.as_tensor(batch.states).float() * 2)
+def larger_latents(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, moments=torch.as_tensor(batch.moments).float() * 1.01)
 
 
 def rows_in_another_order(batch: LatentBatch) -> LatentBatch:
     return replace(batch, moments=torch.as_tensor(batch.moments).flip(0))
 
 
-@pytest.mark.parametrize("sabotage", [other_noise, other_captions, rows_in_another_order])
-@pytest.mark.parametrize("name", ALL)
-def test_an_arm_that_trains_on_something_else_ends_the_benchmark(
-    dataset, monkeypatch, capsys, name, sabotage
-):
-    open_source = arms_module.Arms._open
+def mirrored(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, moments=torch.as_tensor(batch.moments).flip(-1))
+
+
+def one_caption_dropped(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, states=first_row(batch.states, lambda row: row * 0))
+
+
+def captions_swapped(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, states=torch.as_tensor(batch.states).roll(1, 0))
+
+
+def one_image_replaced(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, moments=first_row(batch.moments, lambda row: row.flip(-2)))
+
+
+def another_sample(batch: LatentBatch) -> LatentBatch:
+    return replace(batch, samples=np.concatenate([batch.samples[:1] + 1, batch.samples[1:]]))
+
+
+SABOTAGE = [larger_latents, rows_in_another_order, mirrored, one_caption_dropped]
+SABOTAGE += [captions_swapped, one_image_replaced, another_sample]
+
+
+def sabotage_arm(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[LatentBatch], LatentBatch]
+) -> None:
+    open_source = Arms._open
 
     def open_sabotaged(self: Arms, asked: Any) -> Any:
         source = open_source(self, asked)
         if asked == name:
             iter_batches: Callable[..., Iterator[LatentBatch]] = source.iter_batches
-            monkeypatch.setattr(
-                source, "iter_batches", lambda *where: map(sabotage, iter_batches(*where))
-            )
+
+            def changed(*where: Any) -> Iterator[LatentBatch]:
+                yield from map(change, iter_batches(*where))
+
+            monkeypatch.setattr(source, "iter_batches", changed)
         return source
 
-    monkeypatch.setattr(arms_module.Arms, "_open", open_sabotaged)
-    with pytest.raises(UserError, match="losses differ in block 1") as failure:
-        measure(replace(SHORT, data=str(dataset)))
-    other = name if name != "offline" else "resident"
-    assert f"{other} 0." in str(failure.value)
-    assert "it/s" not in capsys.readouterr().out
-
-
-def test_losses_within_the_rounding_of_the_cache_are_equal():
-    check_equal_losses({"resident": 0.5, "offline": 0.5, "ids": 0.5002, "online": 0.4997}, 0)
+    monkeypatch.setattr(Arms, "_open", open_sabotaged)
 
 
 @pytest.mark.parametrize(
-    "losses",
-    [
-        {"offline": 0.5, "online": 0.5006},
-        {"resident": 0.5001, "offline": 0.5},
-        {"ids": 0.5, "online": 0.51},
-        {"offline": 0.5, "online": float("nan")},
-    ],
-    ids=lambda losses: " ".join(losses),
+    ("name", "change"),
+    [("online", change) for change in SABOTAGE]
+    + [("ids", captions_swapped), ("offline", mirrored), ("resident", one_image_replaced)],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-def test_losses_that_differ_by_more_are_refused(losses):
+def test_an_arm_that_does_other_work_ends_the_benchmark(dataset, monkeypatch, capsys, name, change):
+    sabotage_arm(monkeypatch, name, change)
+    with pytest.raises(UserError, match=r"same work in every arm|of their size") as failure:
+        measure(replace(SHORT, data=str(dataset)))
+    assert (name if name not in ("offline", "resident") else "resident") in str(failure.value)
+    assert "it/s" not in capsys.readouterr().out
+
+
+def test_an_arm_with_another_loss_ends_the_benchmark(dataset, monkeypatch, capsys):
+    """As it would with other noise, or other weights: what is served is the same."""
+    run_block = Arms._time
+
+    def other_loss(self: Arms, name: str, block: int) -> Timed:
+        found = run_block(self, name, block)
+        return replace(found, loss=found.loss * 1.001) if name == "online" else found
+
+    monkeypatch.setattr(Arms, "_time", other_loss)
+    with pytest.raises(UserError, match="losses differ in block 1"):
+        measure(replace(SHORT, data=str(dataset)))
+    assert "it/s" not in capsys.readouterr().out
+
+
+def test_the_online_arm_runs_both_encoders_in_every_step(dataset, monkeypatch):
+    from precompute.online_encoders import Encoders
+
+    calls = {"encode_images": 0, "encode_texts": 0}
+    for name in calls:
+        encode = getattr(Encoders, name)
+
+        def counted(self: Encoders, what: Any, name: str = name, encode: Any = encode) -> Any:
+            calls[name] += 1
+            return encode(self, what)
+
+        monkeypatch.setattr(Encoders, name, counted)
+    document = measure(replace(SHORT, data=str(dataset)))
+    num_steps = 2 * (SHORT.warmup + SHORT.steps)
+    timed_alone = 1 + len(document["components"]["vae"]["samples"])
+    assert calls["encode_images"] == num_steps + timed_alone
+    assert calls["encode_texts"] == num_steps + timed_alone + 1  # the empty caption
+
+
+def served(**changes: Any) -> tuple[np.ndarray, LatentBatch]:
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        "samples": np.arange(4),
+        "moments": rng.standard_normal((4, 8, 2, 2)).astype(np.float16),
+        "states": rng.standard_normal((4, 5, 3)).astype(np.float16),
+    }
+    batch = LatentBatch(step=0, **{**arrays, **changes})
+    return np.stack([batch.samples, batch.samples]), batch
+
+
+def test_what_rounding_makes_of_a_batch_is_equal_and_more_is_not():
+    _, stored = served()
+    exact = served(moments=stored.moments.astype(np.float32) * (1 + 2e-4))
+    check_equal_batches({"a": served(), "b": exact}, 4, ("float16", "float16"))
+    more = served(moments=stored.moments.astype(np.float32) * (1 + 1e-2))
+    with pytest.raises(UserError, match=r"latents of b differ from those of a by 0\.01"):
+        check_equal_batches({"a": served(), "b": more}, 4, ("float16", "float16"))
+    check_equal_batches({"a": served(), "b": more}, 4, ("int8", "float16"))
+
+
+def test_a_batch_that_is_not_finite_is_not_equal():
+    _, stored = served()
+    broken = served(states=np.full_like(stored.states, np.nan))
+    with pytest.raises(UserError, match="text states"):
+        check_equal_batches({"a": served(), "b": broken}, 4, ("float16", "float16"))
+
+
+def test_a_watched_source_serves_what_it_watches_and_closes_it(latent_dataset):
+    reader = open_reader(latent_dataset, 8)
+    watched = WatchedSource(reader, block_length=3)
+    batches: Any = watched.iter_batches(3, range(8))
+    found = [next(batches) for _ in range(3)]
+    samples, kept = watched.take()
+    assert kept is found[0]
+    assert samples.tolist() == [batch.samples.tolist() for batch in found]
+    assert watched.samples == []
+    batches.close()
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_losses_within_the_tolerance_are_equal():
+    check_equal_losses({"resident": 0.5, "ids": 0.50004, "online": 0.49996}, 1e-4, 0)
+
+
+@pytest.mark.parametrize("loss", [0.5001, 0.499, float("nan"), float("inf")])
+def test_losses_that_differ_by_more_are_refused(loss):
     with pytest.raises(UserError, match="losses differ in block 3"):
-        check_equal_losses(losses, 2)
+        check_equal_losses({"offline": 0.5, "online": loss}, 1e-4, 2)
 
 
 def test_without_token_ids_the_other_arms_run_and_the_reason_is_given(latent_dataset, capsys):
     document = measure(replace(SHORT, data=str(latent_dataset)))
     assert list(document["arms"]) == ["resident", "offline", "online"]
     assert "--text ids" in document["not_measured"]["ids"]
+
+
+def test_with_several_columns_of_token_ids_that_is_the_reason(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "latents")
+    found = Dataset(tmp_path / "latents")
+    ids = found.text_column(holding="ids")
+    manifest = json.loads((tmp_path / "latents" / "dataset.json").read_text())
+    another = f"{ids.column_id[:-1]}x"
+    manifest["columns"][another] = manifest["columns"][ids.column_id]
+    (tmp_path / "latents" / "dataset.json").write_text(json.dumps(manifest))
+    config = train_config(replace(SHORT, data=str(tmp_path / "latents")))
+    columns = open_columns(Dataset(tmp_path / "latents"), config)
+    assert columns.token_ids is None
+    assert "several" in columns.no_token_ids
+
+
+def test_a_batch_of_more_than_all_images_is_refused(dataset):
+    with pytest.raises(UserError, match="--global-batch-size: 1000"):
+        measure(replace(SHORT, data=str(dataset), global_batch_size=1000))
+
+
+def test_ids_alone_without_token_ids_have_nothing_to_run(latent_dataset):
+    with pytest.raises(UserError, match="--arms: ids"):
+        measure(replace(SHORT, data=str(latent_dataset), arms=("ids",)))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +382,34 @@ def test_ratios_are_taken_block_by_block():
     assert figures["share_of_ceiling"] == {"median": 0.5, "p10": 0.5, "p90": 0.5}
     assert figures["images_per_sec"]["median"] == 2.5
     assert figures["sec_per_step"] == [2.0, 4.0, 8.0]
+
+
+def parts(decode: float, vae: float, text: float) -> dict[str, Any]:
+    named = {"decode": decode, "vae": vae, "text": text}
+    return {name: {"sec_per_step": {"median": sec}} for name, sec in named.items()}
+
+
+def test_stage_one_hides_decoding_behind_a_gpus_encoders_and_adds_it_on_a_cpu():
+    assert encode_images_per_sec(parts(1.0, 2.0, 1.0), 8, "cuda") == 8 / 3
+    assert encode_images_per_sec(parts(4.0, 2.0, 1.0), 8, "cuda") == 2
+    assert encode_images_per_sec(parts(1.0, 2.0, 1.0), 8, "cpu") == 2
+
+
+def test_totals_follow_from_the_ratio_and_not_from_medians_of_different_moments():
+    # One of five blocks of each arm was slow, another one for each.
+    found = {"offline": timed(1, 1, 9, 9, 9), "online": timed(1.5, 1.5, 13.5, 13.5, 1.5)}
+    document = compare(found, parts(1.0, 1.0, 1.0), 8, "cpu")
+    assert document["offline_speedup"]["median"] == 1.5
+    ten = document["totals"]["epochs"]["10"]
+    assert ten["online_sec_per_image"] == pytest.approx(10 * 9 * 1.5 / 8)
+    assert document["totals"]["break_even_epochs"] == pytest.approx(3 / (9 * 0.5))
+    assert document["is_noisy"]
+
+
+def test_a_ratio_is_noisy_when_it_crosses_one_or_spreads_widely():
+    assert is_noisy({"median": 1.1, "p10": 0.9, "p90": 1.2})
+    assert is_noisy({"median": 2.0, "p10": 1.5, "p90": 2.4})
+    assert not is_noisy({"median": 1.5, "p10": 1.4, "p90": 1.6})
 
 
 def test_there_is_no_ceiling_without_its_arm():
