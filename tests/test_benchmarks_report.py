@@ -4,6 +4,7 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -24,6 +25,7 @@ from benchmarks.report.sources import Document, Sources
 from shards.errors import UserError
 
 Json = dict[str, Any]
+HUGE = 10**400  # JSON has integers that no float can hold
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.test/x>"
 
 
@@ -45,11 +47,12 @@ def document(theme: str, **figures: Any) -> Json:
         "cpu": "AMD EPYC",
         "cpu_mhz": 2396.0,
         "memory_gib": 15.6,
+        "load_average": 1.25,
         "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
     }
     protocol = {"blocks": 5, "steps": 10, "warmup": 5}
-    head = {"format": 1, "theme": theme, "protocol": protocol, "environment": environment}
-    return {**head, **figures}
+    head = {"format": 1, "theme": theme, "variant": "", "protocol": protocol}
+    return {**head, "environment": environment, **figures}
 
 
 def arm(images_per_sec: float, share: float, wait: float) -> Json:
@@ -403,6 +406,23 @@ def test_several_devices_stand_side_by_side(folders: Folders) -> None:
     assert "sd2-base-512 at 512 px, batch 64: 8 x NVIDIA H200" in page.text
 
 
+def test_presets_and_machines_stand_in_order_of_size(folders: Folders) -> None:
+    sizes = {"sd2-base-256": 180e9, "tiny": 0.5e9}
+    for number, (preset, hardware) in enumerate(
+        itertools.product(sizes, ("h200", "epyc-2cpu")), start=1
+    ):
+        made = online_offline(preset=preset, variant=preset)
+        made["flops_per_image"]["unet"] = sizes[preset]
+        made["environment"] |= {"hardware": hardware, "device": hardware}
+        folders.add(made, f"{number}.json")
+    page = folders.make()
+    titles = re.findall(r"<h3>(\S+) at .*: (\S+), 2 CPUs</h3>", page)
+    once = [("tiny", "epyc-2cpu"), ("tiny", "h200")]
+    once += [("sd2-base-256", "epyc-2cpu"), ("sd2-base-256", "h200")]
+    assert titles == once * 3
+    assert page.count('<div class="tiles">') == 4
+
+
 def test_stage_1_that_never_pays_is_said(folders: Folders) -> None:
     made = online_offline()
     made["totals"]["break_even_epochs"] = None
@@ -502,6 +522,101 @@ def test_a_figure_that_is_not_finite_leaves_a_gap(folders: Folders) -> None:
     text = folders.make()
     assert "not finite" in Page(text).text
     assert "nan" not in "".join(re.findall(r' d="[^"]*"', text)).lower()
+
+
+# What to doubt ------------------------------------------------------------------------------------
+
+NOISY = "the machine was too noisy to conclude"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "why"),
+    [
+        ({"median": 1.5, "p10": 0.9, "p90": 2.1}, "p10–p90 crosses 1"),
+        ({"median": 1.9, "p10": 1.4, "p90": 2.2}, "p90 is more than 1.50 times p10"),
+        ({"median": 0.7, "p10": 0.5, "p90": 0.9}, "p90 is more than 1.50 times p10"),
+    ],
+)
+def test_a_ratio_whose_blocks_disagree_is_doubted_beside_it(
+    folders: Folders, ratio: Json, why: str
+) -> None:
+    made = online_offline(offline_speedup=ratio)
+    made["totals"]["break_even_epochs"] = None
+    folders.add(made)
+    text = Page(folders.make()).text
+    tiles = text[text.index("offline over online") : text.index("Speed of offline training")]
+    assert tiles.count(f"{NOISY} from this: {why}") == 2  # the ratio, and the break-even from it
+    assert f"of the ratio that they come from, {NOISY}" in text[text.index("Total time with") :]
+
+
+def test_other_ratios_are_doubted_as_well(folders: Folders) -> None:
+    makers = (train_step(), loader(), precompute())
+    makers[0]["comparisons"][0]["speedup"] = spread(1.0, 0.1)
+    makers[1]["ours_over_best_peer"] = spread(7.53, 0.3)
+    makers[2]["null_encoder"]["ours_over_naive_per_core"] = spread(1.05, 0.1)
+    for made in makers:
+        folders.add(made)
+    text = Page(folders.make()).text
+    for ratio in ("1.00x (0.900–1.10)", "7.53x (5.27–9.79)", "1.05x (0.945–1.16)"):
+        assert f"{ratio}; {NOISY}" in text
+
+
+def test_a_steady_ratio_is_not_doubted(full: str) -> None:
+    text = Page(full).text
+    assert NOISY not in text
+    assert "above 100%" not in text
+    assert "the parts sum to" not in text
+
+
+def test_a_share_above_the_ceiling_is_called_noise(folders: Folders) -> None:
+    made = online_offline()
+    made["arms"]["offline"]["share_of_ceiling"] = spread(3.64)
+    folders.add(made)
+    text = Page(folders.make()).text
+    assert text.count("above 100%: noise") == 2  # in the tile and at the bar
+
+
+@pytest.mark.parametrize(
+    ("step_sec", "share"), [(1.75, "(24.8%); the rest is"), (0.2, "(217%); they overlap")]
+)
+def test_parts_far_from_their_step_are_commented(
+    folders: Folders, step_sec: float, share: str
+) -> None:
+    made = online_offline()
+    made["arms"]["online"]["sec_per_step"] = [step_sec] * 5
+    folders.add(made)
+    text = Page(folders.make()).text
+    said = "online, VAE and text encoder in the step: the parts sum to"
+    assert text.count("the parts sum to") == text.count(said) == 1
+    assert share in text
+
+
+def test_totals_say_that_they_follow_from_medians(full: str) -> None:
+    assert "These follow from medians, so they have no spread." in Page(full).text
+
+
+def test_no_mixed_precision_is_called_float32(folders: Folders) -> None:
+    folders.add(online_offline(precision="no"))
+    made = train_step()
+    made["rows"].append(step_row(32, 99, precision="no"))
+    folders.add(made)
+    settings = {"settings": {"mixed_precision": "no"}}
+    (write_run(folders.runs) / "config.json").write_text(json.dumps(settings))
+    text = Page(folders.make()).text
+    assert "mixed precisionno (float32)" in text.replace("\n", "")
+    assert "mixed precisionno (float32)" in text[text.index("Training runs on this") :]
+    assert "precision no (float32)" in text
+    assert not re.search(r"precision no(?! \(float32\))", text)
+
+
+@pytest.mark.parametrize(("load", "shown"), [(1.25, "1.25"), (7.9, "7.90 (!) on 2 CPUs")])
+def test_the_load_is_shown_and_marked_where_it_exceeds_the_cpus(
+    folders: Folders, load: float, shown: str
+) -> None:
+    folders.add(_with_environment(env(), load_average=load))
+    text = Page(folders.make()).text
+    assert text.count(shown) == 2  # in the table, and with the document
+    assert ("(!): more ran" in text) == (load > 2)
 
 
 # Safe, self-contained, accessible -----------------------------------------------------------------
@@ -607,6 +722,10 @@ def _without(made: Json, *path: str) -> Json:
     return made
 
 
+def _with_environment(made: Json, **facts: Any) -> Json:
+    return {**made, "environment": {**made["environment"], **facts}}
+
+
 BROKEN_RESULTS = {
     "half": ('{"format": 1, "the', "cannot be read"),
     "list": ("[1, 2]", "is no benchmark's result"),
@@ -625,6 +744,19 @@ BROKEN_RESULTS = {
         json.dumps(online_offline(flops_predicted_speedup=float("inf"))),
         "flops_predicted_speedup is inf",
     ),
+    "huge": (
+        json.dumps(online_offline(stage1_images_per_sec=HUGE)),
+        "has an integer that is too large for a float",
+    ),
+    "huge-commit": (json.dumps(_with_environment(env(), commit=HUGE)), "too large for a float"),
+    "brackets": ("[" * 100_000, "cannot be read"),
+    "deep": ('{"a":' * 400 + "1" + "}" * 400, "is no benchmark's result"),
+    "deep-protocol": (
+        json.dumps({**env(), "protocol": {"a": json.loads("[" * 400 + "]" * 400)}}),
+        "is nested more than 50 deep",
+    ),
+    "surrogate": (json.dumps({**env(), "note": "\ud800"}), "has a text that is no Unicode"),
+    "surrogate-name": (json.dumps({**env(), "\udfff": 1}), "has a text that is no Unicode"),
     "odd-rows": (json.dumps({**train_step(), "rows": [3]}), "rows.0 is 3; wanted a JSON object"),
     "no-rows": (json.dumps({**train_step(), "rows": []}), "rows is empty"),
     "no-shuffle": (json.dumps(_without(order(), "shuffle")), "shuffle is not there; wanted a list"),
@@ -652,13 +784,17 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from _paths(each, (*path, name))
 
 
+ODD_VALUES: tuple[Any, ...] = (None, [], {}, "odd", 3, [None], math.nan, HUGE)
+
+
 @pytest.mark.parametrize("theme", THEMES)
 def test_no_odd_value_anywhere_stops_the_page(theme: str) -> None:
     make, _ = THEMES[theme]
     paths = [path for path in _paths(make()) if path[0] not in ("format", "theme")]
     assert len(paths) > 15
+    assert ("environment", "load_average") in paths
     for number, path in enumerate(paths):
-        for odd in (None, [], {}, "odd", 3, [None], math.nan):
+        for odd in ODD_VALUES:
             made = make()
             inner: Any = made
             for name in path[:-1]:
@@ -673,6 +809,49 @@ def test_no_odd_value_anywhere_stops_the_page(theme: str) -> None:
             assert sections, path
             if number % 40 == 0 and odd == "odd":
                 assert "<h2>Provenance" in render(sections, sources), path
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_what_cannot_be_drawn_costs_its_own_card_alone(
+    monkeypatch: pytest.MonkeyPatch, theme: str
+) -> None:
+    def fail(fields: Fields, *path: str) -> float:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    make, _ = THEMES[theme]
+    fields = Fields(make(), "odd.json")
+    found = Document(path=Path("odd.json"), theme=theme, fields=fields, text="{}")
+    monkeypatch.setattr(Fields, "number", fail)
+    sources = Sources(documents=[found])
+    assert "Provenance" in [section.title for section in build_sections(sources)]
+    assert all("maximum recursion depth" in reason for _, reason in sources.left_out)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", json.dumps({"settings": {"unet": HUGE}})),
+        ("config.json", "[" * 100_000),
+        ("config.json", json.dumps({"settings": {"unet": "\ud800"}})),
+        ("scene_accuracy.json", json.dumps({"num_images": HUGE})),
+        ("metrics.jsonl", json.dumps({"step": 1, "train/loss": HUGE}) + "\n"),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+    ],
+)
+def test_an_odd_file_of_a_run_costs_that_file_alone(folders: Folders, file: str, text: str) -> None:
+    (write_run(folders.runs) / file).write_text(text)
+    page = Page(folders.make())
+    assert file in page.text[page.text.index("not shown, or not whole") :]
+    assert "Samples at step 3,000, raw weights" in page.text
+
+
+def test_a_name_that_is_no_unicode_does_not_stop_the_page(
+    folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.add(env(), "a\udcff.json")
+    folders.add({**env(), "format": 7}, "b\udcff.json")
+    assert "a?.json" in Page(folders.make()).text
+    assert "b?.json: format 7" in capsys.readouterr().out
 
 
 def test_a_broken_run_is_shown_as_far_as_it_goes(folders: Folders) -> None:
@@ -708,10 +887,42 @@ def test_metrics_that_cannot_be_read_cost_the_curves_alone(folders: Folders) -> 
     assert "Samples at step 3,000, raw weights" in text
 
 
-def test_a_folder_that_is_not_there_is_listed(folders: Folders) -> None:
+def test_a_folder_that_is_named_and_not_there_is_listed(folders: Folders) -> None:
     folders.add(env())
     folders.runs.rmdir()
     assert "no such folder" in Page(folders.make()).text
+
+
+def test_without_runs_in_the_usual_place_nothing_is_left_out(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.add(env())
+    monkeypatch.chdir(folders.page.parent)
+    folders.runs.rmdir()
+    report.run(ReportConfig(results=str(folders.results)))
+    assert "1 result, 0 runs, 0 left out" in capsys.readouterr().out
+    assert "left out" not in folders.page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("out", ["", ".", "pipe"])
+def test_an_out_that_is_no_file_is_refused_before_anything_is_read(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(folders.page.parent)
+    os.mkfifo("pipe")
+    monkeypatch.setattr(report, "find_sources", lambda *_: pytest.fail("was read"))
+    with pytest.raises(UserError, match=r"--out: .*wanted a file"):
+        report.run(ReportConfig(results=str(folders.results), out=out))
+    assert Path("pipe").is_fifo()
+
+
+def test_a_link_is_followed_and_stays(folders: Folders) -> None:
+    folders.add(env())
+    target = folders.page.with_name("target.html")
+    folders.page.symlink_to(target)
+    assert "matmul" in folders.make()
+    assert folders.page.is_symlink()
+    assert "matmul" in target.read_text(encoding="utf-8")
 
 
 def test_with_nothing_to_show_the_error_says_what_makes_results(folders: Folders) -> None:

@@ -86,6 +86,7 @@ def test_a_spread_keeps_one_unit_and_says_nothing_where_there_is_none() -> None:
         ("device", "cpu", "cpu"),
         ("ema", True, "yes"),
         ("price", None, "none"),
+        ("wait_sec", 10**400, str(10**400)),
         ("loss", math.nan, "nan"),
         (
             "step_sec",

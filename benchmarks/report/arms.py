@@ -19,11 +19,13 @@ from benchmarks.report.blocks import (
     Tile,
     Tiles,
 )
+from benchmarks.report.doubts import parts_doubt, ratio_doubt, share_doubt
 from benchmarks.report.fields import Fields, Spread
 from benchmarks.report.number_format import (
     NBSP,
     percent,
     percent_text,
+    precision_text,
     range_text,
     seconds,
     seconds_text,
@@ -65,7 +67,12 @@ def headline_cards(document: Document) -> list[Card]:
         return []
     ratio, predicted = fields.spread("offline_speedup"), fields.number("flops_predicted_speedup")
     bars = [
-        Bar(label="measured", value=ratio, text=spread_text(ratio, "x")),
+        Bar(
+            label="measured",
+            value=ratio,
+            text=spread_text(ratio, "x"),
+            note=ratio_doubt(ratio),
+        ),
         Bar(
             label="predicted from FLOPs alone",
             value=Spread(median=predicted, p10=predicted, p90=predicted),
@@ -90,12 +97,12 @@ def _tiles(fields: Fields, ratio: Spread, predicted: float) -> list[Tile]:
         Tile(
             figure=f"{three_digits(ratio.median)}x",
             label="offline over online",
-            note=f"p10–p90 {range_text(ratio, 'x')}",
+            note=_noted(f"p10–p90 {range_text(ratio, 'x')}", ratio_doubt(ratio)),
         )
     ]
     if fields.find("arms", "resident") is not None:
         ceiling = fields.spread("arms", "offline", "share_of_ceiling")
-        note = f"p10–p90 {range_text(ceiling, '%', size=0.01)}"
+        note = _noted(f"p10–p90 {range_text(ceiling, '%', size=0.01)}", share_doubt(ceiling))
         label = "of the U-Net alone, offline"
         tiles.append(Tile(figure=percent(ceiling.median), label=label, note=note))
     return [
@@ -108,9 +115,13 @@ def _tiles(fields: Fields, ratio: Spread, predicted: float) -> list[Tile]:
         Tile(
             figure=_break_even(fields),
             label="epochs until stage 1 has paid for itself",
-            note="computed from the speeds",
+            note=_noted("computed from the speeds", ratio_doubt(ratio)),
         ),
     ]
+
+
+def _noted(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def arms_card(document: Document) -> Card:
@@ -150,8 +161,8 @@ def _arm_bars(fields: Fields, arms: dict[str, tuple[str, Fields]]) -> list[Bars]
         speeds.append(Bar(label=label, value=speed, text=spread_text(speed, f"{NBSP}img/s")))
         if fields.find("arms", "resident") is not None:
             share = arm.spread("share_of_ceiling")
-            text = percent_text(share)
-            shares.append(Bar(label=label, value=share, text=text))
+            text, note = percent_text(share), share_doubt(share)
+            shares.append(Bar(label=label, value=share, text=text, note=note))
     charts = [Bars(title="Images per second", bars=speeds)]
     if shares:
         title = "Share of the ceiling, block by block"
@@ -182,6 +193,7 @@ def totals_cards(document: Document) -> list[Card]:
         value = Spread(median=speedup, p10=speedup, p90=speedup)
         bars.append(Bar(label=label, value=value, text=f"{three_digits(speedup)}x"))
     stage1 = fields.number("stage1_images_per_sec")
+    says = ("These follow from medians, so they have no spread", _totals_doubt(fields))
     blocks: list[Block] = [
         Bars(
             title="Online time over offline time with stage 1",
@@ -189,6 +201,7 @@ def totals_cards(document: Document) -> list[Card]:
             mark=1.0,
             mark_text="break-even",
         ),
+        Text(text=f"{_noted(*says)}."),
         Table(
             title="Time per image of the data set, all epochs together",
             header=["after", "offline and stage 1", "online", "gain"],
@@ -197,6 +210,12 @@ def totals_cards(document: Document) -> list[Card]:
     ]
     note = f"Break-even after epochs: {_break_even(fields)}. Stage 1: {three_digits(stage1)} img/s."
     return [Card(title=_title(document), note=note, blocks=blocks)]
+
+
+def _totals_doubt(fields: Fields) -> str:
+    """A break-even is no better than the ratio that it comes from."""
+    doubt = ratio_doubt(fields.spread("offline_speedup"))
+    return f"of the ratio that they come from, {doubt}" if doubt else ""
 
 
 def _title(document: Document) -> str:
@@ -208,8 +227,11 @@ def _title(document: Document) -> str:
 def _settings(fields: Fields) -> Facts:
     timing = fields.fields("protocol" if fields.find("blocks") is None else "blocks")
     facts = [
-        (label, fields.text(name))
-        for label, name in (("mixed precision", "precision"), ("attention", "attention"))
+        (label, show(fields.text(name)))
+        for label, name, show in (
+            ("mixed precision", "precision", precision_text),
+            ("attention", "attention", str),
+        )
         if fields.find(name) is not None
     ]
     facts += [
@@ -268,6 +290,7 @@ def _component_blocks(fields: Fields, arms: dict[str, tuple[str, Fields]]) -> li
         [_PART_NAMES.get(name, name), seconds_text(part.spread("sec_per_step"))]
         for name, part in alone.items()
     ]
+    doubts = filter(None, map(_stack_doubt, stacks))
     return [
         Stacks(
             title="Parts of a step, each timed alone; the mark is the whole step",
@@ -278,8 +301,15 @@ def _component_blocks(fields: Fields, arms: dict[str, tuple[str, Fields]]) -> li
             text="Parts timed alone need not add up to the step: in the loop they share the device "
             "and the CPUs. Reading and decoding run on CPU threads beside the step."
         ),
+        *(Text(text=doubt) for doubt in doubts),
         Table(title="Each part alone, for a whole batch", header=["part", "time"], rows=rows),
     ]
+
+
+def _stack_doubt(stack: Stack) -> str:
+    if stack.whole_sec is None:
+        return ""
+    return parts_doubt(stack.label, sum(part.sec for part in stack.parts), stack.whole_sec)
 
 
 def _stack(label: str, name: str, arm: Fields, alone: dict[str, Fields]) -> Stack:

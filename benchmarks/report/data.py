@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.report.blocks import NOTHING, Bar, BarKind, Bars, Block, Card, Facts, Table, Text
+from benchmarks.report.doubts import ratio_doubt
 from benchmarks.report.fields import Fields, Spread
 from benchmarks.report.number_format import (
     NBSP,
@@ -36,9 +37,8 @@ def loader_card(document: Document) -> Card:
         )
     ]
     if fields.find("best_peer"):
-        ratio = spread_text(fields.spread("ours_over_best_peer"), "x")
-        says = f"Ours over the fastest peer, {fields.text('best_peer')}, block by block: {ratio}."
-        blocks.append(Text(text=says))
+        what = f"Ours over the fastest peer, {fields.text('best_peer')}, block by block"
+        blocks.append(_ratio(what, fields.spread("ours_over_best_peer")))
     header = ["loader", "version", "samples/s", "GB/s", "of memcpy", "CPU time per sample"]
     blocks.append(
         Table(
@@ -140,7 +140,8 @@ def _stage_one_bars(part: Fields, figure: str, title: str) -> Bars:
 
 
 def _ratio(what: str, ratio: Spread) -> Text:
-    return Text(text=f"{what}: {spread_text(ratio, 'x')}.")
+    says = f"{what}: {spread_text(ratio, 'x')}"
+    return Text(text=f"{'; '.join(filter(None, (says, ratio_doubt(ratio))))}.")
 
 
 # The order of samples -----------------------------------------------------------------------------

@@ -18,6 +18,9 @@ class Spread:
     p90: float
 
 
+_MAX_DEPTH = 50  # far from Python's own limit, which depends on who calls
+
+
 class Fields:
     """A JSON object that somebody else wrote.
 
@@ -121,7 +124,43 @@ class Fields:
 
 def is_number(value: Any) -> bool:
     """Whether this is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # JSON's integers have any length
+        return False
+
+
+def check_values(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse what is JSON, and yet nothing that a page can be made of.
+
+    Args:
+        value: of a document.
+        where: its file, for messages.
+        depth: that it lies at.
+
+    Raises:
+        UserError: an integer that is too large for a float, half a pair of surrogates, or values
+            within values without end.
+    """
+    if depth > _MAX_DEPTH:
+        raise UserError(where, f"is nested more than {_MAX_DEPTH} deep")
+    try:
+        if isinstance(value, int):
+            float(value)
+        elif isinstance(value, str):
+            value.encode()
+    except OverflowError:
+        raise UserError(where, "has an integer that is too large for a float") from None
+    except UnicodeEncodeError:
+        raise UserError(where, "has a text that is no Unicode (a lone surrogate)") from None
+    if isinstance(value, dict | list):
+        for each in value:
+            check_values(each, where, depth + 1)
+    if isinstance(value, dict):
+        for each in value.values():
+            check_values(each, where, depth + 1)
 
 
 def _kind(value: Any) -> str:

@@ -9,7 +9,7 @@ from benchmarks.report.blocks import NOTHING, Block, Card, Table
 from benchmarks.report.number_format import quantity
 from benchmarks.report.sources import Document
 
-_SHOWN_APART = ("format", "theme", "protocol", "environment")
+_SHOWN_APART = ("format", "theme", "variant", "protocol", "environment")
 
 
 def generic_card(document: Document) -> Card:
@@ -20,7 +20,8 @@ def generic_card(document: Document) -> Card:
     if rows:
         blocks.append(Table(title="Figures", header=["figure", "value"], rows=rows))
     blocks += [_list_table(name, rows) for name, rows in _lists(figures)]
-    return Card(title=f"{document.theme}: {document.device}", blocks=blocks)
+    what = ", ".join(filter(None, (document.theme, document.fields.shown("variant", default=""))))
+    return Card(title=f"{what}: {document.device}", blocks=blocks)
 
 
 def _single(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

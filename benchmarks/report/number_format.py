@@ -92,6 +92,16 @@ def seconds_text(spread: Spread) -> str:
     return spread_text(spread, NBSP + unit, size=size)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def precision_text(name: str) -> str:
+    """A setting of mixed precision; `no` by itself reads as if there were none at all."""
+    return "no (float32)" if name == "no" else name
+
+
 def quantity(name: str, value: Any) -> str:
     """A value in the unit that its name ends in (`_sec`, `_bytes`, `_frac`, …).
 
@@ -106,7 +116,7 @@ def quantity(name: str, value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         return str(value)
     return _show_for(name)(value)
 

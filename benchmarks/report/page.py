@@ -11,6 +11,7 @@ from benchmarks.report.arms import arms_card, headline_cards, totals_cards
 from benchmarks.report.blocks import Card, Picture, Section
 from benchmarks.report.data import loader_card, order_card, stage_one_card
 from benchmarks.report.generic import generic_card
+from benchmarks.report.number_format import counted
 from benchmarks.report.pictures import BUDGET_BYTES, load_picture
 from benchmarks.report.provenance import provenance_card
 from benchmarks.report.runs import run_card
@@ -131,7 +132,8 @@ def build_sections(sources: Sources) -> list[Section]:
     sections.append(_filled(_OTHER, others, draws, sources))
     sections.append(replace(_RUNS, cards=_run_cards(sources)))
     if sources.documents:
-        sections.append(replace(_PROVENANCE, cards=[provenance_card(sources.documents)]))
+        ranked = sorted(sources.documents, key=lambda document: (document.theme, document.rank))
+        sections.append(replace(_PROVENANCE, cards=[provenance_card(ranked)]))
     return [section for section in sections if section.cards]
 
 
@@ -146,20 +148,29 @@ def render(sections: list[Section], sources: Sources) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(_TEMPLATE).render(
-        sections=sections, sources=sources, date=datetime.now(UTC).strftime("%Y-%m-%d")
+    page = environment.get_template(_TEMPLATE).render(
+        sections=sections,
+        sources=sources,
+        counted=counted,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
+    return encodable(page)
+
+
+def encodable(text: str) -> str:
+    """With `?` for what UTF-8 cannot hold: names of files are bytes of any kind."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _filled(
     section: Section, documents: list[Document], draws: dict[str, Draw], sources: Sources
 ) -> Section:
     cards: list[Card] = []
-    for document in documents:
+    for document in sorted(documents, key=lambda document: document.rank):
         try:
             drawn = draws[document.theme](document)
-        except UserError as error:
-            sources.leave_out(document.path, error, part=section.title)
+        except (UserError, OverflowError, RecursionError) as error:
+            sources.leave_out(document.path, str(error), part=section.title)
         else:
             cards += drawn if isinstance(drawn, list) else [drawn]
     return replace(section, cards=cards)
@@ -173,8 +184,8 @@ def _run_cards(sources: Sources) -> list[Card]:
         pictures = _pictures(run, max_bytes, sources)
         try:
             cards.append(run_card(run, f"run-{number}", pictures))
-        except UserError as error:
-            sources.leave_out(run.path, error)
+        except (UserError, OverflowError, RecursionError) as error:
+            sources.leave_out(run.path, str(error))
     return cards
 
 

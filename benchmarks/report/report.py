@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report.page import build_sections, render
+from benchmarks.report.number_format import counted
+from benchmarks.report.page import build_sections, encodable, render
 from benchmarks.report.sources import find_sources
+from benchmarks.result import output_file
 from shards.errors import UserError
 from shards.storage import write_text_whole
 
@@ -27,12 +29,19 @@ def run(config: ReportConfig) -> None:
     """Write the page, and say what is in it and what is not.
 
     Raises:
-        UserError: there is nothing at all to show.
+        UserError: there is nothing at all to show, or `out` names no file.
     """
+    out = output_file(config.out)
     sources = find_sources(Path(config.results), Path(config.runs))
+    for folder, default in (
+        (config.results, ReportConfig.results),
+        (config.runs, ReportConfig.runs),
+    ):
+        if folder != default and not Path(folder).is_dir():
+            sources.leave_out(Path(folder), "no such folder")
     sections = build_sections(sources)
     for path, reason in sources.left_out:
-        print(f"left out: {path}: {reason}")
+        print(encodable(f"left out: {path}: {reason}"))
     if not sections:
         raise UserError(
             f"{config.results}, {config.runs}",
@@ -42,8 +51,9 @@ def run(config: ReportConfig) -> None:
             "`make train`",
         )
     page = render(sections, sources)
-    write_text_whole(Path(config.out), page)
+    write_text_whole(out, page)
     print(
-        f"written to {config.out} ({len(page.encode()) / 1e6:.1f} MB): {len(sources.documents)} "
-        f"results, {len(sources.runs)} runs, {len(sources.left_out)} left out"
+        f"written to {config.out} ({len(page.encode()) / 1e6:.1f} MB): "
+        f"{counted(len(sources.documents), 'result')}, {counted(len(sources.runs), 'run')}, "
+        f"{len(sources.left_out)} left out"
     )

@@ -20,7 +20,7 @@ from benchmarks.report.blocks import (
 )
 from benchmarks.report.curves import Line, draw_curves, smooth
 from benchmarks.report.fields import Fields, Spread
-from benchmarks.report.number_format import percent, quantity, three_digits
+from benchmarks.report.number_format import percent, precision_text, quantity, three_digits
 from benchmarks.report.sources import Run
 
 _LOSS, _VAL, _VAL_EMA = "train/loss", "val/loss", "val/ema_loss"
@@ -166,10 +166,15 @@ def _scene_blocks(scenes: Fields) -> list[Block]:
     return [Bars(title=title, bars=bars, mark=1.0, mark_text="all")]
 
 
+def _setting(name: str, value: object) -> str:
+    shown = quantity("", value)
+    return precision_text(shown) if name == "mixed_precision" else shown
+
+
 def _settings(config: Fields) -> list[Block]:
     settings = config.fields("settings")
     facts = [
-        (name.replace("_", " "), quantity("", settings.find(name)))
+        (name.replace("_", " "), _setting(name, settings.find(name)))
         for name in _MATTERS
         if settings.find(name) not in (None, "")
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.fields import Fields
+from benchmarks.report.fields import Fields, check_values, is_number
 from benchmarks.result import read_result
 from shards.errors import UserError
 from train.metrics import read_metrics
@@ -39,6 +39,13 @@ class Document:
         if count:
             return name if count == 1 else f"{count} x {name}"
         return f"{name}, {env.shown('num_cpus', default='?')} CPUs"
+
+    @property
+    def rank(self) -> tuple[float, str, str]:
+        """Its place among others of its theme: by the size of the U-Net, then by the machine."""
+        flops = self.fields.find("flops_per_image", "unet")
+        hardware = self.fields.fields("environment").shown("hardware", default="")
+        return float(flops) if is_number(flops) else 0.0, hardware, str(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +102,6 @@ def find_sources(results: Path, runs: Path) -> Sources:
     """
     sources = Sources()
     for folder, glob in ((results, "*.json"), (runs, f"*/{BENCH}")):
-        if not folder.is_dir():
-            sources.leave_out(folder, "no such folder")
         for path in sorted(folder.glob(glob)):
             _read_document(path, sources)
     folders = [runs] if (runs / METRICS).exists() else sorted(runs.glob("*/"))
@@ -110,6 +115,7 @@ def find_sources(results: Path, runs: Path) -> Sources:
 def _read_document(path: Path, sources: Sources) -> None:
     try:
         document = read_result(path)
+        check_values(document, str(path))
         fields = Fields(document, str(path))
         fields.fields("environment"), fields.fields("protocol")
         theme, text = fields.text("theme"), path.read_text(encoding="utf-8")
@@ -146,7 +152,7 @@ def _read_rows(path: Path, sources: Sources) -> list[dict[str, float]]:
     try:
         rows = read_metrics(path)
         _check_numbers(path, rows)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RecursionError) as error:
         sources.leave_out(path, str(error))
         return []
     if not rows:
@@ -158,6 +164,7 @@ def _read_rows(path: Path, sources: Sources) -> list[dict[str, float]]:
 
 def _check_numbers(path: Path, rows: list[dict[str, Any]]) -> None:
     for number, row in enumerate(rows, start=1):
+        check_values(row, f"{path}: line {number}")
         for name, value in row.items():
             if not isinstance(value, int | float):
                 raise UserError(path, f"line {number}: {name} is no number")
@@ -167,8 +174,10 @@ def _read_fields(path: Path, sources: Sources) -> Fields | None:
     if not path.exists():
         return None
     try:
-        return Fields(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (UserError, OSError, ValueError) as error:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        check_values(document, str(path))
+        return Fields(document, str(path))
+    except (UserError, OSError, ValueError, RecursionError) as error:
         sources.leave_out(path, str(error))
         return None
 

@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from benchmarks.report.blocks import NOTHING, Bar, Bars, Card, Table, Text
+from benchmarks.report.doubts import ratio_doubt
 from benchmarks.report.fields import Fields, Spread
 from benchmarks.report.number_format import (
     NBSP,
     percent,
     percent_text,
+    precision_text,
     seconds,
     spread_text,
     three_digits,
@@ -81,9 +83,10 @@ def _comparisons(fields: Fields, preset: str) -> Iterator[Text]:
     found = fields.rows("comparisons") if fields.find("comparisons") else []
     for each in found:
         if each.text("preset") == preset:
-            ratio = spread_text(each.spread("speedup"), "x")
-            says = f"latentmill over the plain diffusers loop, each at its best: {ratio}."
-            yield Text(text=f"EMA {each.text('ema')}: {says}")
+            ratio = each.spread("speedup")
+            what = f"EMA {each.text('ema')}: latentmill over the plain diffusers loop"
+            says = (f"{what}, each at its best: {spread_text(ratio, 'x')}", ratio_doubt(ratio))
+            yield Text(text=f"{'; '.join(filter(None, says))}.")
 
 
 def _ema_tables(fields: Fields, preset: str) -> Iterator[Table]:
@@ -117,9 +120,9 @@ def _axis_bars(rows: list[Fields], axis: str) -> list[Bars]:
     if len(largest) < 2 or not any(map(_is_measured, largest)):
         return []
     shared = ", ".join(
-        f"{name} {largest[0].text(other)}" for other, name in _AXES.items() if other != axis
+        f"{name} {_setting(largest[0], other)}" for other, name in _AXES.items() if other != axis
     )
-    bars = [_bar(row, f"{_AXES[axis]} {row.text(axis)}") for row in largest]
+    bars = [_bar(row, f"{_AXES[axis]} {_setting(row, axis)}") for row in largest]
     return [Bars(title=f"Images per second by {_AXES[axis]} ({shared})", bars=bars)]
 
 
@@ -144,8 +147,13 @@ def _reason(row: Fields) -> str:
     return f"not measured: {row.text('not_measured')}"
 
 
+def _setting(row: Fields, axis: str) -> str:
+    name = row.text(axis)
+    return precision_text(name) if axis == "precision" else name
+
+
 def _settings(row: Fields) -> str:
-    return ", ".join(f"{name} {row.text(axis)}" for axis, name in _AXES.items())
+    return ", ".join(f"{name} {_setting(row, axis)}" for axis, name in _AXES.items())
 
 
 def _table(rows: list[Fields]) -> Table:
@@ -153,7 +161,9 @@ def _table(rows: list[Fields]) -> Table:
     return Table(
         title="All rows, medians with p10–p90",
         header=[*header, "attention that ran"],
-        rows=[[_loop(row), *(row.text(axis) for axis in _AXES), *_figures(row)] for row in rows],
+        rows=[
+            [_loop(row), *(_setting(row, axis) for axis in _AXES), *_figures(row)] for row in rows
+        ],
     )
 
 
