@@ -91,8 +91,10 @@ def test_one_job_at_two_prices():
 
 def test_less_than_an_epoch_cannot_pay_on_equal_gpus():
     gain = plan(PlanConfig(preset="anyscale-a100"))["totals"]["gain"]
-    assert gain["1"]["offline"] == pytest.approx(1.0)
+    assert 1 <= gain["1"]["offline"] < 1.01  # captions of both resolutions are encoded once
     assert gain["2"]["offline"] > 1.1
+    one_size = replace(OWN, resolutions="512", epochs=("0.5",), images_per_sec=("512=165",))
+    assert plan(one_size)["totals"]["gain"]["1"]["offline"] == pytest.approx(1.0)
 
 
 # Bytes and FLOPs ----------------------------------------------------------------------------------
@@ -171,11 +173,12 @@ def test_an_own_job_by_hand():
     assert row["days"] == pytest.approx(hours / 24)
     assert row["usd"] == {"$2.50/h": pytest.approx(8 * hours * 2.5)}
     online, offline = (document["totals"]["arms"][arm] for arm in ("online", "offline"))
-    encode = 4e6 * (0.58940 / 740 + 0.48233 / 165) / 3600
+    encode = 4e6 * (0.58940 / 740 + 0.46359 / 165) / 3600  # captions once, with the first images
     assert offline["stage1_gpu_hours"] == pytest.approx(encode, rel=1e-4)
     assert online["stage1_gpu_hours"] == online["stored_bytes"] == 0
+    longer = 20e6 * (0.58940 / 740 + 0.48233 / 165) / 3600  # in every step of both
     assert online["training_gpu_hours"] - offline["training_gpu_hours"] == pytest.approx(
-        5 * encode, rel=1e-4
+        longer, rel=1e-4
     )
 
 
@@ -248,6 +251,17 @@ def test_without_a_price_there_are_gpu_hours_and_no_dollars(capsys):
     assert any("no dollars" in note for note in document["notes"])
     run(config)
     assert "$" not in capsys.readouterr().out
+
+
+def test_the_captions_of_two_resolutions_are_encoded_once():
+    flops = {side: flops_at("sd2-base", side) for side in (256, 512)}
+    rates = tuple(f"{side}={1e13 / flops[side]['unet']}" for side in flops)
+    both = plan(replace(OWN, images_per_sec=rates))["stage_one"][0]["gpu_hours"]
+    work = flops[256]["vae"] + flops[512]["vae"] + flops[256]["text"]  # of an image
+    assert both == pytest.approx(4e6 * work / 1e13 / 3600)
+    few = replace(OWN, images_per_sec=rates, images=("256=1e6", "512=4e6"))
+    work = 1e6 * flops[256]["vae"] + 4e6 * (flops[512]["vae"] + flops[512]["text"])
+    assert plan(few)["stage_one"][0]["gpu_hours"] == pytest.approx(work / 1e13 / 3600)
 
 
 # The business case --------------------------------------------------------------------------------
@@ -325,6 +339,17 @@ def test_every_prediction_is_marked_as_one(capsys):
     assert kinds["scaling efficiency beyond 1"] == "assumed"
     assert "732.4 of 1 [predicted: 539.31 GFLOPs an image at 50% of 790" in out
     assert "~" in out
+
+
+def test_perfect_scaling_that_nobody_measured_is_marked_in_the_table(capsys):
+    run(replace(OWN, gpus=(1, 1000)))
+    lines = capsys.readouterr().out.splitlines()
+    one, many = (next(line for line in lines if line.split()[:1] == [n]) for n in ("1", "1,000"))
+    assert one.split()[3:5] == ["100%", "100%"]
+    assert many.split()[3:5] == ["100%?", "100%?"]
+    assert any("? assumed: nothing says what scaling costs" in line for line in lines)
+    run(replace(OWN, gpus=(1, 1000), efficiency=0.97))
+    assert "?" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["plan.png", "plan.svg"])

@@ -70,6 +70,18 @@ def test_a_presets_total_is_not_kept_for_another_job():
         plan(typed("--preset anyscale-a100 --epochs 1"))
 
 
+@pytest.mark.parametrize("length", ["--steps 256=55_000 512=85_000", "--epochs 0.1"])
+def test_a_presets_stage_one_is_not_kept_for_another_job_and_it_is_said(length):
+    document = plan(typed(f"--preset mosaicml-a100 {length}"))
+    (stage_one,) = document["stage_one"]
+    assert stage_one["kind"] == "predicted"
+    assert stage_one["gpu_hours"] < 1000
+    said = "the preset's --encode-gpu-hours: of its own job alone"
+    assert any(note.startswith(said) for note in document["notes"])
+    kept = plan(typed("--preset mosaicml-a100 --runs 2"))["notes"]
+    assert not any("of its own job" in note for note in kept)
+
+
 def test_a_presets_speeds_are_not_those_of_another_unet():
     with pytest.raises(UserError, match="nothing is known for 256 px"):
         plan(typed("--preset mosaicml-a100 --unet sd15"))
@@ -105,6 +117,12 @@ def test_a_given_factor_beats_the_presets():
         ("--preset mosaicml-a100 --runs 0", "--runs: 0"),
         ("--preset mosaicml-a100 --years nan", "--years: nan"),
         ("--preset mosaicml-a100 --efficiency 1.1", "--efficiency: 1.1"),
+        ("--preset mosaicml-a100 --efficiency 1e-300 --gpus 1000000", "--efficiency: 1e-300"),
+        ("--preset mosaicml-a100 --egress-usd-per-tb 1e308 --json", "--egress-usd-per-tb: 1e"),
+        ("--preset mosaicml-a100 --usd-per-gpu-hour 1e308 --json", "--usd-per-gpu-hour: 1e308"),
+        ("--preset mosaicml-a100 --online-images-per-sec 1e-300", "images-per-sec: 1e-300"),
+        ("--preset mosaicml-a100 --online-factor 1e308", "factor: 1e.*from 1 to 10"),
+        ("--preset mosaicml-a100 --online-factor 0.5", "factor: 0.5; wanted a number from 1 to 10"),
         ("--preset mosaicml-a100 --storage-months -1", "--storage-months: -1"),
         ("--preset mosaicml-a100 --encode-usd-per-gpu-hour inf", "usd-per-gpu-hour: inf"),
         ("--preset mosaicml-a100 --usd-per-gpu-hour 0", "--usd-per-gpu-hour: 0"),
@@ -130,11 +148,29 @@ def test_a_given_factor_beats_the_presets():
             "--encode-usd-per-gpu-hour 1",
             "nothing says how fast they encode",
         ),
+        ("--preset mosaicml-a100 --encode-usd-per-gpu-hour 0.8", "of those GPUs, with it"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(line, message):
     with pytest.raises(UserError, match=message):
         run(typed(line))
+
+
+def test_online_steps_that_are_faster_than_offline_ones_are_pointed_out():
+    line = "--preset mosaicml-a100 --online-images-per-sec 256@8=2200 512@8=200"
+    found = [note for note in plan(typed(line))["notes"] if "faster than offline" in note]
+    assert found == ["online steps at 256 px are faster than offline ones: is that so?"]
+
+
+@pytest.mark.parametrize("bound", ["1e-9", "1e15"])
+def test_no_numbers_that_are_let_in_together_overflow(bound, capsys):
+    flags = ("usd-per-gpu-hour", "egress-usd-per-tb", "storage-usd-per-tb-month", "budget-usd")
+    flags += ("storage-months", "encode-gpu-hours", "encode-usd-per-gpu-hour", "years")
+    line = " ".join(f"--{flag} {bound}" for flag in flags)
+    line += " --resolutions 512 --images 1e13 --images-per-sec 1e-9 --epochs 1e6 --json"
+    line += " --gpus 1000000 --efficiency 0.1 --return-before-usd 1e-9 --return-after-usd 2e-9"
+    run(typed(line))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["format"] == 1
 
 
 # Scaling ------------------------------------------------------------------------------------------
@@ -162,7 +198,8 @@ def test_a_thousand_gpus_lose_what_efficiency_says_and_it_is_said():
 def write(path: Path, theme: str, *, hardware: str = "h200", **figures: Any) -> str:
     environment = {"hardware": hardware, "device": "NVIDIA H200", "num_devices": 1}
     environment |= {"commit": "abc1234"}
-    document = {"format": 1, "theme": theme, "protocol": {}, "environment": environment}
+    document = {"format": 1, "theme": theme, "variant": "", "protocol": {}}
+    document["environment"] = environment
     path.write_text(json.dumps({**document, **figures}))
     return str(path)
 
@@ -196,14 +233,21 @@ def train_step(tmp_path):
 
 @pytest.fixture
 def bench(tmp_path):
-    rates = {"resident": 760.0, "offline": 740.0, "online": 480.0, "ids": 700.0}
+    return four_arms(tmp_path, offline=[1.0, 1.0, 2.0], online=[1.5, 1.6, 3.0], ids=[1.1] * 3)
+
+
+def four_arms(folder: Path, **sec_per_step: list[float]) -> str:
+    arms = {
+        arm: {"images_per_sec": {"median": 740 / sorted(secs)[1]}, "sec_per_step": secs}
+        for arm, secs in sec_per_step.items()
+    }
     return write(
-        tmp_path / "online-offline_h200_202611.json",
+        folder / "online-offline_h200_202611.json",
         "online-offline",
         preset="sd2-base-256",
         resolution=256,
-        arms={arm: {"images_per_sec": {"median": rate}} for arm, rate in rates.items()},
-        offline_speedup={"median": 1.53},
+        arms=arms,
+        offline_speedup={"median": 1.5},
         stage1_images_per_sec=1300.0,
     )
 
@@ -215,14 +259,35 @@ def test_speeds_come_from_results_and_say_so(train_step, bench):
     factors = document["phases"][0]["factors"]
     assert factors == {
         "offline": 1.0,
-        "online": pytest.approx(1.53),
-        "ids": pytest.approx(740 / 700),
+        "online": pytest.approx(1.5),
+        "ids": pytest.approx(1.1),
     }
     named = by_name(document)["img/s per GPU at 512 px, offline"]
     assert named["kind"] == "measured"
     for part in ("train-step_h200_202611.json", "mlperf-sd2-512", "NVIDIA H200", "abc1234"):
         assert part in named["words"]
     assert by_name(document)["step time at 512 px, online over offline"]["kind"] == "predicted"
+
+
+def test_factors_are_of_blocks_that_ran_side_by_side(tmp_path):
+    """Each arm's median is of another block: they would say 2x where no block says so."""
+    path = four_arms(tmp_path, offline=[1.0, 1.0, 2.0], online=[1.2, 2.0, 2.4], ids=[1.0, 1.1, 2.2])
+    document = plan(replace(SD2, results=(path,), tflops=790.0, mfu=0.5))
+    factors = document["phases"][0]["factors"]
+    assert factors == {
+        "offline": 1.0,
+        "online": pytest.approx(1.2),
+        "ids": pytest.approx(1.1),
+    }
+
+
+def test_a_noisy_measurement_is_said_to_be_one(tmp_path):
+    path = four_arms(tmp_path, offline=[1.0, 1.0, 1.0], online=[1.0, 1.5, 4.0], ids=[1.1, 1.1, 1.2])
+    config = replace(SD2, results=(path,), tflops=790.0, mfu=0.5)
+    (note,) = (note for note in plan(config)["notes"] if "noisy" in note)
+    assert "the measurement was noisy, online over offline is 1.1 to 3.5" in note
+    given = plan(replace(config, online_factor=1.4))["notes"]
+    assert not any("noisy" in note for note in given)  # it is not used
 
 
 def test_stage_one_is_measured_where_every_resolution_was(bench):
@@ -273,6 +338,53 @@ def test_a_damaged_result_is_refused_by_name(tmp_path, figures):
         plan(replace(SD2, results=(path,)))
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{}", "is no benchmark's result"),
+        ("[" * 100_000, "cannot be read"),
+        (
+            '{"format": 9, "theme": "", "variant": "", "protocol": {}, "environment": {}}',
+            "format 9",
+        ),
+        (None, "cannot be read"),
+    ],
+)
+def test_one_file_that_is_no_result_does_not_stop_the_plan(train_step, tmp_path, text, reason):
+    bad = tmp_path / "bad.json"
+    if text is not None:
+        bad.write_text(text)
+    document = plan(replace(SD2, results=(str(bad), train_step)))
+    assert document["training"][0]["phases"][0]["images_per_sec"] == pytest.approx(6000)
+    (note,) = (note for note in document["notes"] if "bad.json" in note)
+    assert note.startswith("not used: ")
+    assert reason in note
+    loader = write(tmp_path / "loader.json", "loader")
+    with pytest.raises(UserError, match=rf"none can be used: .*{reason}.*loader.json: nothing for"):
+        plan(replace(OWN, results=(str(bad), loader), hardware="h200"))
+
+
+def test_nothing_is_taken_of_a_result_that_is_damaged_in_part(train_step, tmp_path):
+    rows = [row("sd2-base-256", 5000.0), row("sd2-base-512", float("nan"))]
+    bad = write(tmp_path / "bad.json", "train-step", rows=rows)
+    document = plan(replace(SD2, results=(train_step, bad)))
+    assert document["training"][0]["phases"][0]["images_per_sec"] == pytest.approx(6000)
+    assert any("bad.json" in note for note in document["notes"])
+
+
+@pytest.mark.parametrize("secs", [[1.0, 2.0], [0.0] * 3, [], ["1"] * 3, [float("nan")] * 3, None])
+def test_damaged_blocks_are_refused_by_name(tmp_path, secs):
+    path = Path(four_arms(tmp_path, offline=[1.0] * 3, ids=[1.0] * 3))
+    document = json.loads(path.read_text())
+    document["arms"]["offline"]["sec_per_step"] = secs
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="online-offline_h200"):
+        plan(replace(OWN, results=(str(path),)))
+
+
+_NO_OVERLAP = "efficiency_without_overlap"
+
+
 def scaling(path: Path, *, num_gpus: int, rate_is: str) -> str:
     document = json.loads(Path(write(path, "scaling")).read_text())
     document["environment"]["num_devices"] = num_gpus
@@ -285,9 +397,8 @@ def scaling(path: Path, *, num_gpus: int, rate_is: str) -> str:
     document["predicted"] = {
         "assumptions": {"images_per_sec_is": rate_is},
         "rows": [
-            {"num_devices": 8, "sharding": "zero2", "efficiency": 0.1},
-            {"num_devices": 8, "sharding": "none", "efficiency": 0.96},
-            {"num_devices": 64, "sharding": "none", "efficiency": 0.9},
+            {"num_devices": n, "sharding": sharding, "efficiency": 1.0, _NO_OVERLAP: share}
+            for n, sharding, share in ((8, "zero2", 0.1), (8, "none", 0.96), (64, "none", 0.9))
         ],
     }
     path.write_text(json.dumps(document))
@@ -302,8 +413,9 @@ def test_scaling_is_predicted_where_it_was_not_measured(tmp_path):
     known = [each["phases"][0]["is_known_count"] for each in document["training"]]
     assert known == [True, False, False, False, False]
     assert shares[1] > 0.96  # two processes on one CPU say nothing of two GPUs
-    kinds = [e["kind"] for e in document["inputs"] if e["name"] == "scaling efficiency"]
-    assert kinds == ["predicted", "given"]
+    found = [e for e in document["inputs"] if e["name"] == "scaling efficiency"]
+    assert [entry["kind"] for entry in found] == ["predicted", "given"]
+    assert "no communication hidden and its latency not counted" in found[0]["words"]
 
 
 def test_scaling_that_was_measured_on_gpus_counts(tmp_path):

@@ -46,7 +46,7 @@ class PlanConfig:
     ids_images_per_sec: tuple[str, ...] = ()
     """Training from stored latents with the text encoder in every step, in the same form."""
     online_factor: float = 0.0
-    """Time of an online step over that of an offline one, where that is all that is known (1.4)."""
+    """Time of an online step over an offline one's, where that is all that is known: 1 to 10."""
     results: tuple[str, ...] = ()
     """Results to take speeds from: files of online-offline, train-step and scaling."""
     hardware: str = ""
@@ -58,8 +58,8 @@ class PlanConfig:
     mfu: float = 0.0
     """The share of --tflops that training reaches (0.5)."""
     efficiency: float = 0.0
-    """What is left of a GPU's speed at each doubling of their number beyond what is known (0.97);
-    default: all of it, which is said."""
+    """What is left of a GPU's speed at each doubling of their number beyond what is known (0.97, at
+    least 0.1); default: all of it, which is said."""
 
     # GPUs and money; without a price there are GPU-hours
     gpus: tuple[int, ...] = ()
@@ -77,7 +77,8 @@ class PlanConfig:
     encode_gpus: int = 0
     """GPUs of stage 1; default: as many as train."""
     encode_usd_per_gpu_hour: float = 0.0
-    """Price of other, cheaper GPUs for stage 1; default: that of training."""
+    """Price of other, cheaper GPUs for stage 1, with what those encode or take; default: that of
+    training."""
 
     # Bytes
     latents: Latents = "moments"

@@ -53,6 +53,7 @@ def training_rows(job: Job) -> list[Json]:
                         "images_per_sec": num_gpus * phase.offline.per_gpu(num_gpus),
                         "efficiency": phase.offline.share(num_gpus),
                         "is_known_count": phase.offline.is_known(num_gpus),
+                        "is_assumed_efficiency": phase.offline.is_assumed(num_gpus),
                         "days": phase.hours(num_gpus) / 24,
                     }
                     for phase in job.phases

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,14 @@ from benchmarks.planner.presets import Request
 from benchmarks.planner.sources import Source, Sources
 from benchmarks.planner.speeds import offline_curves, step_factors
 from benchmarks.planner.stage_one import StageOne, ids_frac, stage_one_options
-from benchmarks.planner.typed_values import MOST_GPUS, by_resolution, prices, resolutions
+from benchmarks.planner.typed_values import (
+    LARGEST,
+    MOST_GPUS,
+    SMALLEST,
+    by_resolution,
+    prices,
+    resolutions,
+)
 from shards.errors import UserError
 
 _MOST_IMAGES = 1e13
@@ -23,7 +29,13 @@ _NOT_NEGATIVE = (
     *("egress_usd_per_tb", "budget_usd", "return_before_usd", "return_after_usd"),
     "return_pretrained_usd",
 )
-_FRACTIONS = ("mfu", "efficiency")
+_BOUNDS = {
+    "mfu": (SMALLEST, 1.0),
+    "efficiency": (0.1, 1.0),
+    "online_factor": (1.0, 10.0),
+    "runs": (1, LARGEST),
+    "gpus_per_node": (1, LARGEST),
+}
 _POSITIVE = ("runs", "gpus_per_node", "years")
 
 
@@ -71,6 +83,11 @@ def build_job(request: Request) -> Job:
     sources.add("share of stage 1 left with ids", round(frac, 3), Source("predicted", "by FLOPs"))
     if measured.unused:
         sources.note(f"nothing for this job in {', '.join(measured.unused)}")
+    for reason in measured.refused:
+        sources.note(f"not used: {reason}")
+    if request.dropped:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in request.dropped)
+        sources.note(f"the preset's {flags}: of its own job alone, not taken over for this one")
     for caveat in request.preset.caveats if request.preset else ():
         sources.note(caveat)
     plans = prices("--usd-per-gpu-hour", config.usd_per_gpu_hour)
@@ -82,10 +99,9 @@ def check_numbers(config: PlanConfig) -> None:
     for name in (*_NOT_NEGATIVE, *_POSITIVE):
         value = getattr(config, name)
         flag, zero = f"--{name.replace('_', '-')}", name in _NOT_NEGATIVE
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise UserError(flag, f"{value}", wanted="0 or more" if zero else "more than 0")
-        if name in _FRACTIONS and value > 1:
-            raise UserError(flag, f"{value:g}", wanted="a share, above 0 and up to 1")
+        least, most = _BOUNDS.get(name, (SMALLEST, LARGEST))
+        if not least <= value <= most and not (zero and value == 0):
+            raise UserError(flag, f"{value}", wanted=f"a number from {least:g} to {most:g}")
     if not config.gpus:
         raise UserError("--gpus", "none", wanted="at least one number of GPUs")
     for count in (*config.gpus, config.gpus_per_node, config.encode_gpus or 1):

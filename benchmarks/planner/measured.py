@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.planner.sources import Source
-from benchmarks.result import read_result
+from benchmarks.planner.typed_values import LARGEST, SMALLEST
+from benchmarks.result import read_result, spread
 from shards.errors import UserError
 from train.presets import PRESETS
 
 _SHARDING = "none"  # plain data parallelism
+_MOST_SPREAD = 1.5  # 90th over 10th percentile of the blocks: beyond it a median says little
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Speed:
         hardware: as results are named.
         file: the result's name.
         source: what was measured, where, in which file.
+        caveat: what speaks against it.
     """
 
     resolution: int
@@ -33,6 +35,7 @@ class Speed:
     hardware: str
     file: str
     source: str
+    caveat: str = ""
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Measured:
         efficiency_file: where that is from,
         efficiency_source: and in words.
         unused: files that have nothing for this job.
+        refused: why others cannot be used, file by file.
     """
 
     offline: list[Speed] = field(default_factory=list)
@@ -56,11 +60,27 @@ class Measured:
     efficiency_file: str = ""
     efficiency_source: Source | None = None
     unused: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     @property
     def speeds(self) -> tuple[list[Speed], ...]:
         """All lists of figures."""
         return (self.offline, *self.factors.values(), self.encode)
+
+    @property
+    def files(self) -> set[str]:
+        """Names of those that any of it is from."""
+        named = {speed.file for found in self.speeds for speed in found}
+        return named | ({self.efficiency_file} if self.efficiency_file else set())
+
+    def add(self, other: Measured) -> None:
+        """Take over what another result says."""
+        for found, more in zip(self.speeds, other.speeds, strict=True):
+            found += more
+        if other.efficiency_file:
+            self.efficiency |= other.efficiency
+            self.efficiency_file = other.efficiency_file
+            self.efficiency_source = other.efficiency_source
 
 
 def read_measured(
@@ -75,21 +95,35 @@ def read_measured(
         hardware: and those of other hardware; empty: there must not be several.
 
     Raises:
-        UserError: a file that is no result, or speeds of several machines.
+        UserError: files of which some are no results and none is of use, or speeds of several
+            machines.
     """
-    measured = Measured()
+    measured, read = Measured(), []
     for path in map(Path, paths):
-        document = read_result(path)
         try:
-            _take(document, path.name, unet, measured)
-        except (AttributeError, KeyError, TypeError) as error:
-            wanted = f"a result of {document['theme']} of this version"
-            raise UserError(path, f"cannot be read ({error!r})", wanted=wanted) from error
-    _choose(measured, resolutions, hardware)
-    used = {speed.file for found in measured.speeds for speed in found}
-    used.add(measured.efficiency_file)
-    measured.unused = [name for name in (Path(path).name for path in paths) if name not in used]
+            measured.add(_read(path, unet))
+            read.append(path.name)
+        except UserError as error:
+            measured.refused.append(str(error))
+    for found in measured.speeds:
+        found[:] = [speed for speed in found if speed.resolution in resolutions]
+    if measured.refused and not measured.files:
+        reasons = [*measured.refused, *(f"{name}: nothing for this job" for name in read)]
+        raise UserError("--results", f"none can be used: {'; '.join(reasons)}")
+    _choose(measured, hardware)
+    measured.unused = [name for name in read if name not in measured.files]
     return measured
+
+
+def _read(path: Path, unet: str) -> Measured:
+    """What one file says; nothing of it where a part is damaged."""
+    document, found = read_result(path), Measured()
+    try:
+        _take(document, path.name, unet, found)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        wanted = f"a result of {document['theme']} of this version"
+        raise UserError(path, f"cannot be read ({error!r})", wanted=wanted) from error
+    return found
 
 
 def _take(document: dict[str, Any], name: str, unet: str, measured: Measured) -> None:
@@ -135,14 +169,15 @@ def _take_arms(document: dict[str, Any], name: str, measured: Measured) -> None:
     what = f"online-offline {document['preset']}"
     offline = arms["offline"]["images_per_sec"]["median"]
     measured.offline.append(_speed(document, name, resolution, offline, what))
-    if "online" in arms:
-        factor = document["offline_speedup"]["median"]
-        found = _speed(document, name, resolution, factor, f"{what}, block by block")
-        measured.factors["online"].append(found)
-    if "ids" in arms:
-        factor = offline / arms["ids"]["images_per_sec"]["median"]
-        found = _speed(document, name, resolution, factor, f"{what}, of medians")
-        measured.factors["ids"].append(found)
+    for arm in measured.factors.keys() & arms.keys():
+        pairs = zip(arms[arm]["sec_per_step"], arms["offline"]["sec_per_step"], strict=True)
+        ratios = spread([above / below for above, below in pairs])
+        found = _speed(document, name, resolution, ratios["median"], f"{what}, block by block")
+        if ratios["p90"] > _MOST_SPREAD * ratios["p10"]:
+            between = f"{ratios['p10']:.3g} to {ratios['p90']:.3g} (p10 to p90)"
+            caveat = f"{name}: the measurement was noisy, {arm} over offline is {between}"
+            found = replace(found, caveat=caveat)
+        measured.factors[arm].append(found)
     encode = document["stage1_images_per_sec"]
     measured.encode.append(_speed(document, name, resolution, encode, f"{what}, stage 1"))
 
@@ -150,30 +185,34 @@ def _take_arms(document: dict[str, Any], name: str, measured: Measured) -> None:
 def _take_scaling(document: dict[str, Any], name: str, measured: Measured) -> None:
     """Of GPUs alone: processes on one CPU share its cores, and its speed predicts nothing else."""
     on_gpus = bool(document["environment"]["num_devices"])
-    predicted, found = document["predicted"], {}
-    if on_gpus or predicted["assumptions"]["images_per_sec_is"] == "given":
-        rows = [row for row in predicted["rows"] if row["sharding"] == _SHARDING]
-        found = {row["num_devices"]: row["efficiency"] for row in rows}
-    source = Source("predicted", f"{name}: scaling of {document['protocol']['preset']}")
+    prediction, predicted, of_gpus = document["predicted"], {}, {}
+    if on_gpus or prediction["assumptions"]["images_per_sec_is"] == "given":
+        rows = [row for row in prediction["rows"] if row["sharding"] == _SHARDING]
+        # The other prediction hides all communication and is an upper bound.
+        predicted = {row["num_devices"]: row["efficiency_without_overlap"] for row in rows}
     if on_gpus:
-        rows = [row for row in document["rows"] if row["sharding"] == _SHARDING]
         of_gpus = {
             row["num_processes"]: row["efficiency"]["median"]
-            for row in rows
-            if row["not_measured"] is None
+            for row in document["rows"]
+            if row["sharding"] == _SHARDING and row["not_measured"] is None
         }
-        found |= of_gpus
-        kind = "measured" if max(found, default=0) in of_gpus else "predicted"
-        source = Source(kind, f"{source.words}, measured on {len(of_gpus)} numbers of GPUs")
-    if not all(0 < share < math.inf for share in found.values()):
+    found = {**predicted, **of_gpus}
+    if not all(SMALLEST <= share <= LARGEST for share in found.values()):
         raise UserError(name, f"efficiencies {list(found.values())}", wanted="numbers above 0")
     if found:
+        kind = "measured" if max(found) in of_gpus else "predicted"
+        words = [f"{name}: scaling of {document['protocol']['preset']}"]
+        if of_gpus:
+            words.append(f"measured on {len(of_gpus)} numbers of GPUs")
+        if predicted.keys() - of_gpus.keys():
+            words.append("predicted with no communication hidden and its latency not counted")
         measured.efficiency |= found
-        measured.efficiency_file, measured.efficiency_source = name, source
+        measured.efficiency_file = name
+        measured.efficiency_source = Source(kind, ", ".join(words))
 
 
 def _speed(document: dict[str, Any], name: str, resolution: int, value: float, what: str) -> Speed:
-    if not 0 < value < math.inf:
+    if not SMALLEST <= value <= LARGEST:
         raise UserError(name, f"{value} for {what}", wanted="a number above 0")
     env = document["environment"]
     where = f"one {env['device']}" if env["num_devices"] else f"{env['device']} (a CPU)"
@@ -181,10 +220,8 @@ def _speed(document: dict[str, Any], name: str, resolution: int, value: float, w
     return Speed(resolution, value, env["hardware"], name, words)
 
 
-def _choose(measured: Measured, resolutions: Sequence[int], hardware: str) -> None:
-    """Keep what is of these phases and of one machine; first the fastest, and the least gain."""
-    for found in measured.speeds:
-        found[:] = [speed for speed in found if speed.resolution in resolutions]
+def _choose(measured: Measured, hardware: str) -> None:
+    """Keep what is of one machine; first the fastest, and the least gain."""
     known = sorted({speed.hardware for found in measured.speeds for speed in found})
     if hardware and hardware not in known:
         wanted = f"one of {', '.join(known)}" if known else "results of this job's U-Net and sizes"

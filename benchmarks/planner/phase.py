@@ -21,12 +21,13 @@ class Curve:
 
     Args:
         points: number of GPUs → images per second of one of them.
-        efficiency: what is left at each doubling beyond the most that is known.
+        efficiency: what is left at each doubling beyond the most that is known; None: it is not
+            known, and taken to be all.
         scaled: numbers among the points whose speed follows from that of another one.
     """
 
     points: Mapping[int, float]
-    efficiency: float = 1.0
+    efficiency: float | None = None
     scaled: frozenset[int] = frozenset()
 
     def per_gpu(self, num_gpus: int) -> float:
@@ -35,7 +36,8 @@ class Curve:
         doublings = np.log2(known)
         here = float(np.log2(num_gpus))
         speed = float(np.interp(here, doublings, [self.points[count] for count in known]))
-        return speed * self.efficiency ** max(0.0, here - float(doublings[-1]))
+        left = 1.0 if self.efficiency is None else self.efficiency
+        return speed * left ** max(0.0, here - float(doublings[-1]))
 
     def share(self, num_gpus: int) -> float:
         """Of the speed of a GPU among the fewest that are known."""
@@ -44,6 +46,10 @@ class Curve:
     def is_known(self, num_gpus: int) -> bool:
         """Whether the speed is known of this very number, not computed from others."""
         return num_gpus in self.points and num_gpus not in self.scaled
+
+    def is_assumed(self, num_gpus: int) -> bool:
+        """Whether nothing is known of how the speed scales to this number."""
+        return self.efficiency is None and num_gpus > max(self.points)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ _HOLDS_FOR = {
     "images_per_sec": {"unet", "results"},
     "online_factor": {"unet", "results"},
     "gpu_hours": {"unet", "results", "resolutions", "images", *_LENGTH},
-    "encode_gpu_hours": {"unet", "results", "resolutions", "images", *_SPEED},
+    "encode_gpu_hours": {"unet", "results", "resolutions", "images", *_SPEED, *_LENGTH},
 }
 
 
@@ -112,11 +112,13 @@ class Request:
         config: preset and command line.
         typed: names of fields that the command line set.
         preset: None: there is none.
+        dropped: names of fields whose value in the preset does not hold for this job.
     """
 
     config: PlanConfig
     typed: frozenset[str]
     preset: Preset | None
+    dropped: tuple[str, ...] = ()
 
     def source(self, name: str) -> Source:
         """Where a field is from."""
@@ -140,13 +142,14 @@ def fill(typed: PlanConfig) -> Request:
     values = {name: getattr(inputs, name) for name in names}
     replaced = {name for group in _SAME if changed.intersection(group) for name in group}
     stale = {name for name, reasons in _HOLDS_FOR.items() if changed & reasons}
+    dropped = sorted(n for n in stale - replaced if values[n] != getattr(default, n))
     values |= {name: getattr(default, name) for name in replaced | stale}
     if "resolutions" in changed:
         values |= _of_phases(values, typed.resolutions)
     values |= {name: getattr(typed, name) for name in changed}
     unstated = {name for name in _DEFAULTS if values[name] == getattr(default, name)}
     values |= {name: _DEFAULTS[name] for name in unstated}
-    return Request(PlanConfig(**values), frozenset(changed), preset)
+    return Request(PlanConfig(**values), frozenset(changed), preset, tuple(dropped))
 
 
 def _of_phases(values: dict[str, Any], resolutions: str) -> dict[str, Any]:

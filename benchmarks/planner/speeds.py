@@ -44,7 +44,7 @@ def offline_curves(
         rates = ", ".join(f"{rate:,.4g} of {count}" for count, rate in sorted(points.items()))
         sources.add(f"img/s per GPU at {side} px, offline", rates, source)
         scaled = _scaled(points, measured.efficiency) if len(points) == 1 else {}
-        found[side] = Curve({**scaled, **points}, config.efficiency or 1.0, frozenset(scaled))
+        found[side] = Curve({**scaled, **points}, config.efficiency or None, frozenset(scaled))
     _state_scaling(config, found, measured, sources)
     return found
 
@@ -133,17 +133,23 @@ def step_factors(
                 factor = curve.per_gpu(count) / given[arm][side][count]
                 source = request.source(f"{arm}_images_per_sec")
             else:
-                factor, source = _factor(request, arm, side, measured)
+                factor, source = _factor(request, arm, side, measured, sources)
             sources.add(f"step time at {side} px, {arm} over offline", round(factor, 4), source)
+            if factor < 1:
+                sources.note(f"{arm} steps at {side} px are faster than offline ones: is that so?")
             found[side][arm] = factor
     return found
 
 
-def _factor(request: Request, arm: Arm, side: int, measured: Measured) -> tuple[float, Source]:
+def _factor(
+    request: Request, arm: Arm, side: int, measured: Measured, sources: Sources
+) -> tuple[float, Source]:
     if arm == "online" and request.config.online_factor:
         return request.config.online_factor, request.source("online_factor")
     for speed in measured.factors[arm]:
         if speed.resolution == side:
+            if speed.caveat:
+                sources.note(speed.caveat)
             return speed.value, Source("measured", speed.source)
     flops = flops_at(request.config.unet, side)
     parts = ["unet", "text"] if arm == "ids" else list(flops)

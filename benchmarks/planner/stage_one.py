@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.planner.config import UNet
@@ -44,14 +44,15 @@ def stage_one_options(
     """
     config = request.config
     known = _known_hours(request, phases, measured)
-    if config.encode_usd_per_gpu_hour and (known is None or known[1].kind == "measured"):
+    if config.encode_usd_per_gpu_hour and (known is None or known[1].kind != "given"):
         found = "other GPUs, and nothing says how fast they encode"
-        raise UserError("--encode-usd-per-gpu-hour", found, wanted=f"{_FLAG} with it")
+        wanted = f"{_FLAG} or --encode-gpu-hours, of those GPUs, with it"
+        raise UserError("--encode-usd-per-gpu-hour", found, wanted=wanted)
     options = []
     if known:
         price = config.encode_usd_per_gpu_hour
         options.append(StageOne(known[0], config.encode_gpus, price, known[1]))
-    hours = sum(_encode_hours(phase) for phase in phases)
+    hours = sum(_encode_hours(config.unet, phases))
     if hours > 0:
         source = Source("predicted", "what online steps take longer, on the training's GPUs")
         options.append(StageOne(hours, 0 if known else config.encode_gpus, 0.0, source))
@@ -96,7 +97,13 @@ def _known_hours(
     return sum(p.num_encoded / rates[p.resolution] for p in phases) / 3600, source
 
 
-def _encode_hours(phase: Phase) -> float:
-    fewest = min(phase.offline.points)
-    longer = phase.factors["online"] - 1
-    return phase.num_encoded * longer / phase.offline.per_gpu(fewest) / 3600
+def _encode_hours(unet: UNet, phases: Sequence[Phase]) -> Iterator[float]:
+    """Of each phase what its online steps take longer, captions with the most images alone."""
+    captioned = max(phases, key=lambda phase: phase.num_encoded)
+    for phase in phases:
+        fewest = min(phase.offline.points)
+        longer = phase.factors["online"] - 1
+        if phase is not captioned:
+            flops = flops_at(unet, phase.resolution)
+            longer *= flops["vae"] / (flops["vae"] + flops["text"])
+        yield phase.num_encoded * longer / phase.offline.per_gpu(fewest) / 3600

@@ -59,7 +59,7 @@ def _training(document: Json) -> None:
         [
             f"{row['num_gpus']:,}",
             *(_rate(phase) for phase in row["phases"]),
-            *(f"{phase['efficiency']:.0%}" for phase in row["phases"]),
+            *(_scaling(phase) for phase in row["phases"]),
             *(days(row["days"]), figure(row["gpu_hours"])),
             *(usd(row["usd"][plan]) for plan in plans),
         ]
@@ -67,8 +67,11 @@ def _training(document: Json) -> None:
     ]
     _head("One training from latents, stage 1 not included")
     _table([*header, "days", "GPU-hours", *plans], rows)
-    if any(not p["is_known_count"] for row in document["training"] for p in row["phases"]):
+    phases = [phase for row in document["training"] for phase in row["phases"]]
+    if not all(phase["is_known_count"] for phase in phases):
         print("  ~ computed from the speed at other numbers of GPUs")
+    if any(phase["is_assumed_efficiency"] for phase in phases):
+        print("  ? assumed: nothing says what scaling costs (--efficiency, or a scaling result)")
 
 
 def _stage_one(document: Json) -> None:
@@ -178,6 +181,11 @@ def _feed(document: Json) -> None:
 def _rate(phase: Json) -> str:
     known = "" if phase["is_known_count"] else "~"
     return f"{known}{figure(phase['images_per_sec'])}"
+
+
+def _scaling(phase: Json) -> str:
+    assumed = "?" if phase["is_assumed_efficiency"] else ""
+    return f"{phase['efficiency']:.0%}{assumed}"
 
 
 # Layout -------------------------------------------------------------------------------------------

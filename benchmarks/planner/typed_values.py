@@ -10,23 +10,25 @@ from shards.errors import UserError
 
 _KEY = re.compile(r"(\d+)(?:@(\d+))?")
 MOST_GPUS = 1_000_000
+# No input of a job is beyond these, and no sum, product or ratio of a few overflows.
+SMALLEST, LARGEST = 1e-9, 1e15
 _LARGEST_RESOLUTION = 4096
 _LATENT_CELL = 8  # pixels along a side; every VAE of Stable Diffusion 1, 2 and XL
 
 
-def number(flag: str, text: str, *, at_most: float = math.inf, wanted: str = "") -> float:
-    """A positive, finite number.
+def number(flag: str, text: str, *, at_most: float = LARGEST, wanted: str = "") -> float:
+    """A number from `SMALLEST` to `at_most`.
 
     Raises:
-        UserError: it is none, or above `at_most`.
+        UserError: it is none, or beyond them.
     """
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= at_most or not math.isfinite(value):
-        bound = "" if math.isinf(at_most) else f" up to {at_most:g}"
-        raise UserError(flag, f"{text}", wanted=wanted or f"a number above 0{bound}, such as 4e6")
+    if not SMALLEST <= value <= at_most:
+        bounds = f"a number from {SMALLEST:g} to {at_most:g}, such as 4e6"
+        raise UserError(flag, f"{text}", wanted=wanted or bounds)
     return value
 
 
@@ -49,7 +51,7 @@ def resolutions(flag: str, text: str) -> list[int]:
 
 
 def by_resolution(
-    flag: str, entries: Sequence[str], wanted: Sequence[int], *, at_most: float = math.inf
+    flag: str, entries: Sequence[str], wanted: Sequence[int], *, at_most: float = LARGEST
 ) -> dict[int, float]:
     """`4e6`, for all, or `256=790e6`; not necessarily of every resolution.
 
@@ -70,7 +72,7 @@ def by_resolution(
 def curves(flag: str, entries: Sequence[str], wanted: Sequence[int]) -> dict[int, dict[int, float]]:
     """Images per second of one GPU by resolution and number of GPUs, from rates of all together."""
     found: dict[int, dict[int, float]] = {}
-    for resolution, gpus, value in _entries(flag, entries, wanted, math.inf):
+    for resolution, gpus, value in _entries(flag, entries, wanted, LARGEST):
         found.setdefault(resolution, {})[gpus or 1] = value / (gpus or 1)
     return found
 
