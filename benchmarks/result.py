@@ -96,9 +96,13 @@ def output_file(out: str) -> Path:
     Raises:
         UserError: it names a folder, a device, or nothing.
     """
-    path = Path(out).resolve()
+    wanted = "a file, or one that is not there yet"
+    try:
+        path = Path(out).resolve()
+    except RuntimeError:  # a loop of links
+        raise UserError("--out", f"{out} leads nowhere", wanted=wanted) from None
     if not out or (path.exists() and not path.is_file()):
-        raise UserError("--out", out or "empty", wanted="a file, or one that is not there yet")
+        raise UserError("--out", out or "empty", wanted=wanted)
     return path
 
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,12 @@ import torch
 from benchmarks.environment import attention as environment_attention
 from benchmarks.environment import ceilings as environment_ceilings
 from benchmarks.environment.attention import KERNELS, probe_attention, time_attention
-from benchmarks.environment.ceilings import measure_copies, measure_file_reads, measure_matmuls
+from benchmarks.environment.ceilings import (
+    measure_convolutions,
+    measure_copies,
+    measure_file_reads,
+    measure_matmuls,
+)
 from benchmarks.environment.environment import EnvConfig, measure, print_table
 from benchmarks.environment.facts import ask_nvidia_smi, cpu_facts, gather_facts, try_compile
 from benchmarks.environment.hazards import find_warnings
@@ -40,7 +46,7 @@ CUDA_DEVICE = {
 }
 # A machine with one GPU that nothing is wrong with.
 GOOD: dict[str, Any] = {
-    "cpu": {"num_usable": 16, "quota_cpus": None, "flags": []},
+    "cpu": {"num_usable": 16, "quota_cpus": None, "load_average": 0.5, "flags": []},
     "memory_available_gib": 100.0,
     "disk": {"path": "/data", "free_gib": 900.0, "total_gib": 1000.0},
     "shared_memory": {"free_gib": 64.0, "total_gib": 64.0},
@@ -90,13 +96,18 @@ def test_a_report_says_what_runs_and_how_fast_and_leaves_nothing_behind(tmp_path
     assert document["theme"] == "env"
     rates = {row["name"]: row for row in document["matmuls"]}
     assert rates["float32"]["flops_per_sec"]["median"] > 1e8
-    for row in (*document["copies"], rates["float32"], rates["bfloat16"]):
+    convolutions = document["convolutions"]
+    assert [row["name"] for row in convolutions] == ["float32", "bfloat16"]
+    for row in (*document["copies"], rates["float32"], rates["bfloat16"], *convolutions):
         assert len(row["samples"]) == 2
         assert all(sample > 0 for sample in row["samples"])
     assert any(reason is None for reason in document["attention"]["kernels"].values())
     print_table(document)
     shown = capsys.readouterr().out
-    for expected in ("matrix products, float32", "host to host", "xformers", "open files"):
+    for expected in (
+        *("matrix products, float32", "3x3 convolutions, float32", "the best of 2 tries"),
+        *("host to host", "xformers", "open files", "load average"),
+    ):
         assert expected in shown
 
 
@@ -126,13 +137,15 @@ def test_a_gpus_report_prints_devices_topology_and_kernels_that_do_not_run_its_l
             "facts": facts,
             "attention": {**attention, "layers": [row, missing]},
             "matmuls": [],
-            "copies": [],
+            "convolutions": [],
+            "copies": [{"name": "file", "not_measured": "64 MiB cannot be written: disk full"}],
             "warnings": [{"found": "trouble", "remedy": "repair"}],
         }
     )
     shown = capsys.readouterr().out
     for expected in ("NV18", "700.00 W", "139.8 GiB", "2 ms (1.5-2.5)", "trouble", "repair"):
         assert expected in shown
+    assert "64 MiB cannot be written: disk full" in shown
 
 
 # What the machine says ----------------------------------------------------------------------------
@@ -218,6 +231,7 @@ def test_a_good_machine_is_warned_of_nothing():
         ("disk.free_gib", 3.5, "3.5 GiB free at /data", "--data"),
         ("cpu.quota_cpus", 2.0, "may use 2 CPUs", "OMP_NUM_THREADS=2"),
         ("cpu.quota_cpus", 0.5, "may use 0.5 CPUs", "OMP_NUM_THREADS=1"),
+        ("cpu.load_average", 8.1, "load average 8.1 on 16 CPUs", "idle"),
         ("compilers.c++", None, "no C++ compiler", "g++"),
         ("packages.triton", None, "no Triton", "pip install triton"),
         ("compile", {"sec": None, "reason": "ptxas is missing"}, "ptxas", "--compile off"),
@@ -317,6 +331,28 @@ def test_the_precision_of_products_is_as_before_even_when_one_fails(monkeypatch)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_convolutions_rate_is_that_of_its_best_try_and_the_best_of_all_is_kept(monkeypatch):
+    """Seconds of the tries: 0.4 and 0.2 of one sample, then 0.1 and 0.9 of the other."""
+    looks = iter([0, 0.4, 1, 1.2, 2, 2.1, 3, 3.9] * 2)
+    fake = SimpleNamespace(perf_counter=lambda: next(looks))
+    monkeypatch.setattr(environment_ceilings, "time", fake)
+    monkeypatch.setattr(environment_ceilings, "_CONVOLUTION", (2, 3, 5))
+    flops = 2 * (2 * 3 * 5 * 5) * (3 * 3 * 3)  # outputs, each of 3 channels of 3x3
+    for row in measure_convolutions(repeats=2):
+        assert row["samples"] == pytest.approx([flops / 0.2, flops / 0.1])
+        assert row["best_flops_per_sec"] == max(row["samples"])
+
+
+def test_a_disk_that_does_not_take_the_file_is_a_row_with_the_reason(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        rows = measure_file_reads(tmp_path / "file", 2 * 2**20, repeats=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert rows == [{"name": "file", "not_measured": "2 MiB cannot be written: File too large"}]
 
 
 def test_a_copys_rate_counts_the_bytes_that_arrive(clock):

@@ -97,10 +97,11 @@ def test_another_preset_is_another_file_and_what_is_replaced_is_said(results, ca
     assert f"in place of the result of {document['environment']['date']}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("out", ["", "folder", "device", "link-to-folder"])
+@pytest.mark.parametrize("out", ["", "folder", "device", "link-to-folder", "loop"])
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path, out):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link-to-folder").symlink_to(tmp_path / "folder")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "device")
     with pytest.raises(UserError, match="--out"):
         output_file(str(tmp_path / out) if out else "")

@@ -52,6 +52,8 @@ SMALL = ScalingConfig(
     out="-",
 )
 DEADLINE_SEC = 60.0
+# Of which no prediction can be computed, though each is a float.
+NO_SPEEDS = (float("nan"), float("inf"), -float("inf"), -1.0, 1e-310, 1e300)
 
 
 # The model ----------------------------------------------------------------------------------------
@@ -183,6 +185,14 @@ def test_a_machine_that_slows_down_between_rounds_does_not_look_like_bad_scaling
         ({"intra_node_gb_per_sec": 0.0}, "--intra-node-gb-per-sec"),
         ({"predict_devices": (8, -1)}, "--predict-devices"),
         ({"preset": "sd9"}, "sd9"),
+        *(({"images_per_sec": speed}, "--images-per-sec: ") for speed in NO_SPEEDS),
+        *(({"intra_node_gb_per_sec": speed}, "--intra-node-gb-per-sec: ") for speed in NO_SPEEDS),
+        *(
+            ({"inter_node_gbit_per_sec": speed}, "--inter-node-gbit-per-sec: ")
+            for speed in NO_SPEEDS
+        ),
+        ({"processes": (), "images_per_sec": float("nan")}, "--images-per-sec: nan"),
+        ({"predict_devices": (10**400,)}, "--predict-devices"),
     ],
 )
 def test_settings_that_make_no_run_are_refused_before_anything_starts(monkeypatch, change, says):
@@ -198,6 +208,7 @@ def test_a_prediction_from_a_given_speed_starts_no_process_and_says_that_it_is_o
     monkeypatch.setattr("benchmarks.scaling.runs.launch", None)
     document = measure(ScalingConfig(processes=(), images_per_sec=100.0, predict_devices=(1, 8)))
     assert document["rows"] == []
+    assert document["variant"] == "tiny"
     predicted = document["predicted"]
     assert predicted["assumptions"]["images_per_sec_is"] == "given"
     assert predicted["assumptions"]["compute_sec"] == pytest.approx(0.16)
@@ -267,6 +278,21 @@ time.sleep(300)
 """
 
 
+# The benchmark of two processes, which wait in the place of training.
+SCALING = """
+import sys
+from benchmarks.__main__ import main
+from benchmarks.scaling import runs, scaling
+script, folder, scratch = sys.argv[1:]
+scaling.num_usable_cpus = lambda: 2
+launch = runs.launch
+def wait(_, num_processes, *rest, **options):
+    launch([script, folder, "waits"], 2, *rest, **options)
+runs.launch = wait
+main(["scaling", "--num-samples", "8", "--scratch", scratch, "--out", "-"])
+"""
+
+
 def write_waiting(folder: Path) -> Path:
     script = folder / "waiting.py"
     script.write_text(WAITING)
@@ -313,7 +339,7 @@ def test_a_process_that_is_killed_ends_all_with_one_line_and_status_2(tmp_path, 
 
     line = error_line(capsys, run)
     assert line.startswith("bench: error: scaling --processes 2: process 1 was ended by SIGKILL")
-    assert "--micro-batch" in line
+    assert "--micro-batch-size" in line
     assert_all_end(process_ids(tmp_path))
 
 
@@ -331,6 +357,40 @@ def test_killing_the_command_leaves_no_process(tmp_path):
         command.kill()
         command.wait()
     assert_all_end(processes)
+
+
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_ends_processes_and_command_in_one_line_and_leaves_nothing(
+    tmp_path, number, to_all
+):
+    scratch = tmp_path / "scratch"
+    command = subprocess.Popen(
+        [sys.executable, "-c", SCALING, str(write_waiting(tmp_path)), str(tmp_path), str(scratch)],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    processes: list[int] = []
+    try:
+        processes = process_ids(tmp_path)
+        assert len(list(scratch.iterdir())) == 1
+        (os.killpg if to_all else os.kill)(command.pid, number)
+        _, said = command.communicate(timeout=DEADLINE_SEC)
+    finally:
+        command.kill()
+        command.wait()
+        assert_all_end(processes)
+    assert command.returncode == 128 + number
+    assert said == f"bench: ended by {number.name}; there is no result\n"
+    assert list(scratch.iterdir()) == []
+
+
+def test_after_the_end_signals_are_what_they_were():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError):
+        measure(ScalingConfig(steps=0))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_one_process_that_fails_is_quoted_with_its_last_words(tmp_path):

@@ -1,4 +1,4 @@
-"""What a machine can reach at most: matrix products, and copies between its memories and disk."""
+"""What a machine reaches at most: products, convolutions, copies between its memories and disk."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _COPIES = 8  # of a sample: launching one costs a GPU as much as copying some megabytes
 _READ_BYTES = 8 * 2**20  # of a call
+_CONVOLUTION = (4, 512, 32)  # batch, channels, side: a 3x3 layer as U-Net and VAE have them
+_CONVOLUTION_SEC = 0.5  # of tries, as of products
 _NO_CPU_KERNEL = "float16 on a CPU: no kernel worth measuring"
 
 Run = Callable[[], object]
@@ -31,7 +33,8 @@ def measure_matmuls(device: torch.device, repeats: int) -> list[Json]:
         repeats: samples of each kind.
 
     Returns:
-        a row for each dtype: `samples` and `flops_per_sec`, or the reason in `not_measured`.
+        a row for each dtype: `samples`, `flops_per_sec` and the best of them all, or the reason in
+        `not_measured`.
     """
     import torch
 
@@ -45,9 +48,48 @@ def measure_matmuls(device: torch.device, repeats: int) -> list[Json]:
             rows.append({"name": name, "not_measured": _NO_CPU_KERNEL})
             continue
         samples = [_matmul_flops_per_sec(device, dtype, precision) for _ in range(repeats)]
-        figures = {"samples": samples, "flops_per_sec": spread(samples)}
-        rows.append({"name": name, "not_measured": None, **figures})
+        rows.append(_flops_row(name, samples))
     return rows
+
+
+def measure_convolutions(repeats: int) -> list[Json]:
+    """3x3 convolutions on the CPU, channels last, in rows as those of `measure_matmuls`.
+
+    There torch takes float32 products from one library and convolutions from another, and what
+    reaches the highest instructions of one maker's CPUs in one need not in the other: what consists
+    of convolutions may exceed the products. On a GPU the products are the ceiling of both.
+    """
+    import torch
+
+    return [
+        _flops_row(name, [_convolution_flops_per_sec(dtype) for _ in range(repeats)])
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    ]
+
+
+def _convolution_flops_per_sec(dtype: torch.dtype) -> float:
+    """The best within half a second."""
+    import torch
+
+    batch_size, channels, side = _CONVOLUTION
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1)
+    layer = layer.to(dtype=dtype, memory_format=torch.channels_last)
+    images = torch.randn(batch_size, channels, side, side).to(
+        dtype=dtype, memory_format=torch.channels_last
+    )
+    tries: list[float] = []
+    with torch.inference_mode():
+        layer(images)  # the first one builds the kernel
+        while sum(tries) < _CONVOLUTION_SEC:
+            began = time.perf_counter()
+            layer(images)
+            tries.append(time.perf_counter() - began)
+    return 2 * 9 * batch_size * (channels * side) ** 2 / min(tries)
+
+
+def _flops_row(name: str, samples: list[float]) -> Json:
+    rates = {"flops_per_sec": spread(samples), "best_flops_per_sec": max(samples)}
+    return {"name": name, "not_measured": None, "samples": samples, **rates}
 
 
 def _matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, precision: str) -> float:
@@ -105,7 +147,12 @@ def _copy_row(name: str, run: Run, num_bytes: int, repeats: int, device: torch.d
         _synchronize(device)
         if number:  # the first one touches the pages
             samples.append(_COPIES * num_bytes / (time.perf_counter() - began))
-    return {"name": name, "samples": samples, "bytes_per_sec": spread(samples)}
+    return _bytes_row(name, samples)
+
+
+def _bytes_row(name: str, samples: list[float]) -> Json:
+    figures = {"samples": samples, "bytes_per_sec": spread(samples)}
+    return {"name": name, "not_measured": None, **figures}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -125,16 +172,28 @@ def measure_file_reads(path: Path, num_bytes: int, repeats: int) -> list[Json]:
         path: a new file; the caller removes it.
         num_bytes: its size.
         repeats: samples of each kind.
+
+    Returns:
+        two rows: `samples` and `bytes_per_sec`; or one with the reason in `not_measured`, where the
+        disk does not take the file.
     """
+    try:
+        _write_random(path, num_bytes)
+    except OSError as error:
+        reason = f"{num_bytes / 2**20:g} MiB cannot be written: {error.strerror}"
+        return [{"name": "file", "not_measured": reason}]
+    rows: list[Json] = []
+    for name, forget in (("file, not in the page cache", True), ("file, in the page cache", False)):
+        samples = [_read_bytes_per_sec(path, forget=forget) for _ in range(repeats)]
+        rows.append(_bytes_row(name, samples))
+    return rows
+
+
+def _write_random(path: Path, num_bytes: int) -> None:
     with path.open("wb") as file:
         file.write(np.random.default_rng(0).bytes(num_bytes))
         file.flush()
         os.fsync(file.fileno())
-    rows: list[Json] = []
-    for name, forget in (("file, not in the page cache", True), ("file, in the page cache", False)):
-        samples = [_read_bytes_per_sec(path, forget=forget) for _ in range(repeats)]
-        rows.append({"name": name, "samples": samples, "bytes_per_sec": spread(samples)})
-    return rows
 
 
 def _read_bytes_per_sec(path: Path, *, forget: bool) -> float:

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment.attention import probe_attention, time_attention
-from benchmarks.environment.ceilings import measure_copies, measure_file_reads, measure_matmuls
+from benchmarks.environment.ceilings import (
+    measure_convolutions,
+    measure_copies,
+    measure_file_reads,
+    measure_matmuls,
+)
 from benchmarks.environment.facts import gather_facts, try_compile
 from benchmarks.environment.hazards import find_warnings
 from benchmarks.result import result
@@ -69,6 +74,7 @@ def measure(config: EnvConfig) -> dict[str, Any]:
         facts=facts,
         attention=attention,
         matmuls=measure_matmuls(device, config.repeats),
+        convolutions=measure_convolutions(config.repeats) if device.type == "cpu" else [],
         copies=copies,
         warnings=find_warnings(facts),
     )
@@ -98,14 +104,7 @@ def print_table(document: dict[str, Any]) -> None:
     _print_host(env, facts)
     _print_gpus(facts)
     _print_attention(document["attention"])
-    print("\nCeilings (median, p10-p90)")
-    for row in document["matmuls"]:
-        shown = row["not_measured"] or _rate(row["flops_per_sec"], 1e12, "TFLOP/s")
-        _line(f"matrix products, {row['name']}", shown)
-    for row in document["copies"]:
-        _line(row["name"], _rate(row["bytes_per_sec"], 1e9, "GB/s"))
-    print("  Products: the best within half a second. Copies: bytes copied, the memory moves twice")
-    print("  as many. Files: one thread; the disk's own host may know the pages that were dropped.")
+    _print_ceilings(document)
     for warning in document["warnings"]:
         print(f"warning: {warning['found']}\n  remedy: {warning['remedy']}")
 
@@ -117,6 +116,7 @@ def _print_host(env: Json, facts: Json) -> None:
     print("\nHost")
     _line("CPU", f"{env['cpu']}: {cpu['num_usable']} of {env['num_cpus']} usable{quota}")
     _line("instructions", " ".join(cpu["flags"]) or "-")
+    _line("load average before", f"{cpu['load_average']:.2f}")
     _line("torch threads", facts["torch"]["num_threads"])
     _line("memory", f"{env['memory_gib']} GiB, {facts['memory_available_gib']} available")
     _line(f"disk at {disk['path']}", f"{disk['free_gib']} of {disk['total_gib']} GiB free")
@@ -164,6 +164,26 @@ def _print_attention(attention: Json) -> None:
     for row in attention.get("layers", []):
         if row["not_measured"] is None:
             _line(f"{row['shape']}, {row['kernel']}", _rate(row["ms"], 1.0, "ms"))
+
+
+def _print_ceilings(document: Json) -> None:
+    print("\nCeilings")
+    kinds = {"matrix products": "matmuls", "3x3 convolutions": "convolutions"}
+    for kind, key in kinds.items():
+        for row in document[key]:
+            _line(f"{kind}, {row['name']}", row["not_measured"] or _best(row))
+    for row in document["copies"]:
+        shown = row["not_measured"] or _rate(row["bytes_per_sec"], 1e9, "GB/s")
+        _line(row["name"], shown)
+    if document["convolutions"]:
+        print("  On a CPU convolutions may exceed products: torch takes them from two libraries.")
+    print("  Copies: median, p10-p90, of bytes copied; the memory moves twice as many. Files: one")
+    print("  thread; the disk's own host may know the pages that were dropped.")
+
+
+def _best(row: Json) -> str:
+    rate = row["best_flops_per_sec"] / 1e12
+    return f"{rate:.3g} TFLOP/s, the best of {len(row['samples'])} tries of half a second"
 
 
 def _line(name: str, value: object) -> None:

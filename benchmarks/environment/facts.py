@@ -52,7 +52,7 @@ def gather_facts(data: Path) -> Json:
 
 
 def cpu_facts(info: Path = _CPU_INFO, quota: Path = _CPU_QUOTA) -> Json:
-    """How many CPUs may be used, and the instructions that they have.
+    """How many CPUs may be used, how busy they are, and the instructions that they have.
 
     Args:
         info: the kernel's description of the CPUs.
@@ -65,6 +65,7 @@ def cpu_facts(info: Path = _CPU_INFO, quota: Path = _CPU_QUOTA) -> Json:
     return {
         "num_usable": num_usable_cpus(),
         "quota_cpus": _quota_cpus(quota),
+        "load_average": os.getloadavg()[0],  # of the last minute
         "flags": [flag for flag in _CPU_FLAGS if flag in has],
     }
 

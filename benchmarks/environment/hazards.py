@@ -9,6 +9,7 @@ from shards.column import Json
 _MIN_OPEN_FILES = 8192
 _MIN_SHARED_MEMORY_GIB = 1.0
 _MIN_DISK_GIB = 10.0
+_BUSY_LOAD = 0.5  # per CPU
 
 
 def find_warnings(facts: Json) -> list[dict[str, str]]:
@@ -49,15 +50,22 @@ def _of_gpus(facts: Json) -> Iterator[tuple[str, str]]:
 
 def _of_cpus(facts: Json) -> Iterator[tuple[str, str]]:
     quota, num_threads = facts["cpu"]["quota_cpus"], facts["torch"]["num_threads"]
+    load, num_cpus = facts["cpu"]["load_average"], facts["cpu"]["num_usable"]
+    if load > _BUSY_LOAD * num_cpus:
+        yield (
+            f"load average {load:.1f} on {num_cpus} CPUs before anything was measured: what is "
+            "measured is too low",
+            "measure again when the machine is idle",
+        )
     if quota and num_threads > quota:
         yield (
             f"torch starts {num_threads} threads, and the container may use {quota:g} CPUs",
             f"OMP_NUM_THREADS={max(1, int(quota))}",
         )
     # A thread per core is right where a core counts as two CPUs.
-    if not facts["torch"]["devices"] and num_threads < facts["cpu"]["num_usable"] / 2:
+    if not facts["torch"]["devices"] and num_threads < num_cpus / 2:
         yield (
-            f"torch computes with {num_threads} threads on {facts['cpu']['num_usable']} CPUs",
+            f"torch computes with {num_threads} threads on {num_cpus} CPUs",
             "unset OMP_NUM_THREADS, or raise it",
         )
 

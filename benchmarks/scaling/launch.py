@@ -12,8 +12,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from shards.errors import UserError
 
@@ -24,7 +26,31 @@ _SUMMARY = re.compile(
     r".*?traceback : (?P<said>.*?)\n=+",
     re.DOTALL,
 )
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAID_NOTHING = "To enable traceback"  # torch's advice, where a process left no error
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While entered, SIGTERM and Ctrl-C end the command as an error would: what it began is undone.
+
+    Raises:
+        SystemExit: with 128 and the signal's number, after one line on stderr.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in _END_SIGNALS:  # whoever asks again waits for what is being undone
+            signal.signal(one, signal.SIG_IGN)
+        name = signal.Signals(number).name
+        print(f"bench: ended by {name}; there is no result", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in _END_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def launch(

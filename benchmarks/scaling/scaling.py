@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.environment.facts import num_usable_cpus
 from benchmarks.result import result, spread
+from benchmarks.scaling.launch import ended_by_signals
 from benchmarks.scaling.model import (
     ASSUMPTIONS,
     Links,
@@ -33,6 +34,8 @@ from train.config import Precision
 from train.presets import preset
 
 _IDLE_LOAD = 0.25  # per CPU
+# Of any number that is given: beyond them what is computed overflows.
+_LEAST, _MOST = 1e-9, 1e12
 _CPU_NOTE = (
     "processes on one CPU share its memory and caches: the efficiency is theirs as much as that of "
     "the trainer, and says nothing of the links between accelerators"
@@ -92,11 +95,13 @@ class ScalingConfig:
         )
 
 
+@ended_by_signals()
 def measure(config: ScalingConfig) -> dict[str, Any]:
     """Run all world sizes, count, predict, and return the result document.
 
     Raises:
         UserError: settings that make no run, or a process that died.
+        SystemExit: a signal asked for the end; nothing is left.
     """
     import torch
 
@@ -122,6 +127,7 @@ def measure(config: ScalingConfig) -> dict[str, Any]:
     return result(
         "scaling",
         config,
+        variant=config.preset,
         threads_per_process=num_threads,
         notes=_notes(load, on_gpu=bool(num_gpus)) if rows else [],
         rows=documents,
@@ -140,15 +146,18 @@ def check_config(config: ScalingConfig) -> None:
     """Refuse settings that make no run, before anything takes time."""
     counts = ("micro_batch_size", "steps", "warmup", "blocks", "rounds", "num_samples")
     positive = (*counts, "devices_per_node", "intra_node_gb_per_sec", "inter_node_gbit_per_sec")
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}", f"{getattr(config, name)}")
-    for name in ("processes", "predict_devices"):
-        if min(getattr(config, name), default=1) < 1:
-            raise UserError(f"--{name.replace('_', '-')}", f"{min(getattr(config, name))}")
+    lists = ("processes", "predict_devices")
+    given = [(name, getattr(config, name)) for name in positive]
+    given += [(name, count) for name in lists for count in getattr(config, name)]
+    if config.images_per_sec != 0:
+        given.append(("images_per_sec", config.images_per_sec))
+    for name, value in given:
+        if not _LEAST <= value <= _MOST:  # nor is nan
+            wanted = f"a number from {_LEAST:g} to {_MOST:g}"
+            raise UserError(f"--{name.replace('_', '-')}", f"{value}", wanted=wanted)
     if not config.shardings:
         raise UserError("--shardings", "names nothing")
-    if not config.processes and config.images_per_sec <= 0:
+    if not config.processes and not config.images_per_sec:
         raise UserError(
             "--processes",
             "names nothing, and there is no speed to predict from",
