@@ -5,13 +5,13 @@ Four arms: `resident` (the U-Net only, its batches on the device already: the ce
 the loop), `online` (from image shards, end to end: read, decode, VAE, text encoder).
 
 The arms run in turns, block by block, so that a machine that slows down slows all. The first steps
-of a block are not timed. The learning rate is 0, so that the weights stay the same and every arm's
-loss can be held to the others' before its time is trusted.
+of a block are not timed. Before its time is trusted, an arm's samples, latents, texts and loss are
+held to those of the others; for that the learning rate is 0, and the weights stay the same.
 
 Without --data, images are drawn and encoded on first use: the demo's scenes for the tiny preset
-(two minutes in all on a laptop); JPEGs for sd2-base-256 and sd2-base-512, through encoders of the
-real size with random weights. On a CPU that takes a quarter of an hour and 22 GiB, and says little
-of a GPU.
+(minutes in all on a laptop); JPEGs for the others, through encoders of the real size with random
+weights. sd2-base-256 with --steps 2 on two cores takes seven minutes and 21 GiB, and says little of
+a GPU.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from train.presets import preset
 # Samples of a step where the preset's own batch is one for hundreds of GPUs.
 _LARGE_BATCH = 256
 _BATCHES = {"cpu": 1, "cuda": 64}
-_USUAL_WARMUP = (
-    7  # online, six batches lie decoded: four in the queue, one behind it, one before it
-)
+# Online, six batches lie decoded: four in the queue, one behind it, one before it.
+_USUAL_WARMUP = 7
 _NOISE = 1.5  # p90 over p10 of a ratio, from which on the machine was too busy to tell
 _FLOAT32 = {"no": "float32"}  # what no mixed precision is
 _EMA_DECAY = 0.9999  # for presets that keep no average

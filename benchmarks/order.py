@@ -105,6 +105,7 @@ def write_synthetic(folder: Path, config: OrderConfig) -> None:
 
     manifest = {
         "format_version": FORMAT_VERSION,
+        "caption_field": "",
         "ledger": shards(300),
         "columns": {
             image.column_id: column(image, 65_548, {"latent_mean": 0.0, "latent_std": 1.0}),
