@@ -120,7 +120,7 @@ class Site:
 
             def do_slow(self):
                 self.send(JPEG[:100], len(JPEG))
-                time.sleep(2)
+                time.sleep(6)
 
             def do_held(self):
                 site.open.wait(30)
@@ -158,7 +158,7 @@ def write_list(path, site, paths, **columns):
 
 def arguments(urls, out, **options):
     defaults = {"samples_per_shard": 12, "processes": 2, "threads": 4, "pause_sec": 0, "passes": 0}
-    return {"urls": str(urls), "out": str(out), "timeout_sec": 1, **defaults, **options}
+    return {"urls": str(urls), "out": str(out), "timeout_sec": 4, **defaults, **options}
 
 
 def start(urls, out, **options):

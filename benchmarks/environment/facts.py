@@ -37,7 +37,7 @@ def gather_facts(data: Path) -> Json:
     return {
         "cpu": cpu_facts(),
         "memory_available_gib": _memory_available_gib(),
-        "disk": {"path": str(data.resolve()), **_room(data)},
+        "disk": {"path": str(data), **_room(data)},
         "shared_memory": _room(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None,
         "limits": _limits(),
         "gpus": ask_nvidia_smi(),
