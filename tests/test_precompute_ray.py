@@ -248,12 +248,17 @@ def test_a_job_listens_on_loopback_alone_and_stops_as_asked(
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listeners
     number = signal.Signals[how.split()[0]]
     begin = time.monotonic()
-    (os.killpg if how.endswith("all") else os.kill)(job.pid, number)
     os.kill(job.pid, signal.SIGCONT)
+    (os.killpg if how.endswith("all") else os.kill)(job.pid, number)
     stdout, stderr = job.communicate(timeout=30)
     assert time.monotonic() - begin < 15
     assert job.returncode == 0, stderr
-    assert stderr.splitlines() == [
+    # Ray's own core may log that its processes, told to end at once, no longer answer each other.
+    of_ray = (
+        re.compile(r"\[\d{4}-\d\d-\d\d .*actor_task_submitter") if how.endswith("all") else None
+    )
+    said = [line for line in stderr.splitlines() if not (of_ray and of_ray.match(line))]
+    assert said == [
         "precompute: stopped as asked; what is written is whole. The same command again does the "
         "rest"
     ]
