@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from shards.batch import LatentBatch
     from train.trainer import Trainer
 
-# Parts that cost no arithmetic worth counting: they move bytes.
-WITHOUT_FLOPS = ("decode", "optimizer", "ema")
-
 
 def measure_components(arms: Arms, repeats: int) -> dict[str, Any]:
     """Time each part, in turns.

@@ -83,7 +83,7 @@ def measure(bench: BenchConfig) -> dict[str, Any]:
     """Run the arms and return the result document.
 
     Raises:
-        UserError: no usable dataset, settings that make no block, or the arms' losses differ.
+        UserError: no usable dataset, settings that make no block, or arms that do unequal work.
     """
     import torch
 
