@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from precompute.columns import LatentStorage, TextStorage
 from shards.errors import UserError
 
+Switch = Literal["auto", "on", "off"]
 T = TypeVar("T")
 
 # The SD2 family left its first owner's account in 2025; this is where it is kept up.
@@ -66,8 +67,10 @@ class PrecomputeConfig:
     """auto, cpu, cuda, cuda:1, …; auto is every GPU where there are any."""
     dtype: str = "auto"
     """Precision of the encoders: float32, float16, bfloat16; auto: float16 on a GPU, else full."""
-    compile: bool = False
-    """Compile the VAE: minutes at the start, faster afterwards."""
+    compile: Switch = "auto"
+    """Compile VAE and text encoders, a graph for each resolution and bucket: minutes at the start
+    of a worker, faster afterwards. auto: on GPUs, for squares, from 32 GB of image shards on.
+    Rounding differs; receipts say what was compiled."""
     decode_workers: int = 0
     """Threads that decode images, for each worker; 0: all CPUs, shared out."""
     max_drop_frac: float = 0.1

@@ -11,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from precompute.compilation import even_batch_size
 from precompute.model_folder import find_model
 from precompute.text_encoder import TextEncoder
+from precompute.text_rows import TEXT_BATCH_SIZE
 from shards.batch import LatentBatch
 from shards.column import TextColumn
 from shards.dataset import Column
@@ -29,8 +31,11 @@ class EncodedText:
         text: its text column; names the model.
         device: where the text encoder runs.
         model: diffusers model folder or hub id; default: the one that the dataset was made with.
+        compiled_share: compile the encoder, for a process that takes so many samples a step; None
+            runs it as it is.
 
     Raises:
+        UserError: the encoder cannot be loaded, or not be compiled.
         DatasetError: it is another text encoder than the one that the dataset was made for.
     """
 
@@ -41,6 +46,7 @@ class EncodedText:
         *,
         device: torch.device,
         model: str = "",
+        compiled_share: int | None = None,
     ) -> None:
         folder = find_model(model or text.model)
         part = text.spec.part
@@ -53,8 +59,14 @@ class EncodedText:
             )
         on_gpu = device.type == "cuda"
         dtype = getattr(torch, text.spec.compute_dtype) if on_gpu else torch.float32
+        size = even_batch_size(compiled_share, TEXT_BATCH_SIZE) if compiled_share else None
         self._encoder = TextEncoder(
-            folder, device, dtype, part, hidden_state=text.spec.hidden_state
+            folder,
+            device,
+            dtype,
+            part,
+            hidden_state=text.spec.hidden_state,
+            compiled_batch_size=size,
         )
         self._reader = reader
         self.latent_shape = reader.latent_shape

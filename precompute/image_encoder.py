@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from precompute.compilation import compile_encode, filled_up
 from precompute.loading import load_frozen
 from precompute.model_folder import ModelFolder
-
-# A compiled encoder has one graph for each shape: of every resolution and aspect bucket.
-_MAX_SHAPES = 256
 
 
 def to_pixel_values(crops: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -81,10 +79,10 @@ class ImageEncoder:
         self._model, self._dtype = model, dtype
         self._autoencoder = load_autoencoder(model, device, dtype)
         self._float32_autoencoder: Any = None
-        self._batch_size = compiled_batch_size
-        self._compiled: Any = None
-        if compiled_batch_size:
-            self._compiled = torch.compile(encode_pixels, dynamic=False)
+        self._compiled_batch_size = compiled_batch_size
+        self._encode_pixels = (
+            compile_encode(encode_pixels) if compiled_batch_size else encode_pixels
+        )
 
     @torch.inference_mode()
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, int]:
@@ -112,12 +110,8 @@ class ImageEncoder:
     @torch.inference_mode()
     def launch(self, pixel_values: Tensor) -> Tensor:
         """What `encode` gives without its second attempt; does not wait for a GPU."""
-        pixel_values = pixel_values.to(self._dtype)
-        if not self._compiled:
-            latents = encode_pixels(self._autoencoder, _channels_last(pixel_values))
-        else:
-            latents = self._run_compiled(pixel_values)
-        return latents.float().contiguous()
+        latents = self._encode_pixels(self._autoencoder, self._encoder_input(pixel_values))
+        return latents[: len(pixel_values)].float().contiguous()
 
     def record_event(self) -> Any:
         """Something to `synchronize()` with what was launched so far; None where nothing waits."""
@@ -137,18 +131,17 @@ class ImageEncoder:
             self._float32_autoencoder, _channels_last(pixel_values.float())
         ).contiguous()
 
-    def _run_compiled(self, pixel_values: Tensor) -> Tensor:
-        """Fill the batch up with its last sample, so that no second graph is compiled for it."""
-        import torch._dynamo.config
-
-        length = len(pixel_values)
-        assert self._batch_size is not None
-        assert length <= self._batch_size
-        filling = pixel_values[-1:].expand(self._batch_size - length, -1, -1, -1)
-        full = _channels_last(torch.cat([pixel_values, filling]))
-        with torch._dynamo.config.patch(cache_size_limit=_MAX_SHAPES):
-            latents: Tensor = self._compiled(self._autoencoder, full)[:length]
-        return latents
+    def _encoder_input(self, pixel_values: Tensor) -> Tensor:
+        """Pixels in the encoder's precision; compiled, always as many, in one order in memory."""
+        if not self._compiled_batch_size:
+            return _channels_last(pixel_values.to(self._dtype))
+        full = torch.empty(
+            (self._compiled_batch_size, *pixel_values.shape[1:]),
+            dtype=self._dtype,
+            device=pixel_values.device,
+            memory_format=torch.channels_last,
+        )
+        return filled_up(pixel_values, like=full)
 
 
 def _channels_last(pixel_values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from precompute.account import print_account
 from precompute.columns import image_columns, text_columns
+from precompute.compile_choice import is_compiled
 from precompute.config import PrecomputeConfig
 from precompute.engine import Events, Failed, Finished, Progressed, WorkerDied
 from precompute.filters import Filter
@@ -41,9 +42,10 @@ def precompute(config: PrecomputeConfig, stop: StopOnSignal | None = None) -> Js
     sources, gaps = find_shards(config.shards)
     if gaps:
         print(f"{len(gaps)} shards of the pattern do not exist: {gaps[0]}, … (gaps are fine)")
-    sources = config.in_range(sources)
     model = find_model(config.model)
     devices = _choose_devices(config)
+    compiled = is_compiled(config, devices, sources)
+    sources = config.in_range(sources)
     dtype = _choose_dtype(config, devices)
     columns: list[ColumnSpec] = []
     if resolutions:
@@ -60,7 +62,7 @@ def precompute(config: PrecomputeConfig, stop: StopOnSignal | None = None) -> Js
         if tasks or not null_is_there(dataset, columns):
             print(
                 f"{dataset}: {len(tasks):,} of {len(sources):,} shards to encode, "
-                f"model {model.name}, {dtype}"
+                f"model {model.name}, {dtype}{', compiled' if compiled else ''}"
             )
             spec = WorkerSpec(
                 dataset=config.out,
@@ -72,7 +74,7 @@ def precompute(config: PrecomputeConfig, stop: StopOnSignal | None = None) -> Js
                 caption_field=config.caption_field,
                 batch_size=config.batch_size,
                 decode_workers=decode_workers,
-                compiled=config.compile,
+                compiled=compiled,
             )
             job.follow(_start(config, spec, devices, tasks), tasks)
         else:

@@ -46,6 +46,7 @@ class OnlineBatches:
         num_workers: threads that read and decode.
         random_crop: place the squares at random along the longer side, else as stage 1 does.
         flip_prob: share of squares that are mirrored.
+        compiled_share: see `Encoders`.
 
     Attributes:
         encoders: autoencoder and text encoder.
@@ -64,6 +65,7 @@ class OnlineBatches:
         num_workers: int,
         random_crop: bool = False,
         flip_prob: float = 0.0,
+        compiled_share: int | None = None,
     ) -> None:
         quieten_decoder()
         self._samples, self._num_workers = samples, num_workers
@@ -74,7 +76,7 @@ class OnlineBatches:
             seed=samples.order.seed,
             global_batch_size=samples.order.global_batch_size,
         )
-        self.encoders = Encoders(image, text, device)
+        self.encoders = Encoders(image, text, device, compiled_share=compiled_share)
         self.latent_shape = image.spec.latent_shape
         self.scaling_factor = image.spec.scaling_factor
         self.identity = self._identity(image.spec, text.spec)
@@ -168,6 +170,7 @@ def open_online(
     window: int = DEFAULT_WINDOW,
     random_crop: bool = False,
     flip_prob: float = 0.0,
+    compiled_share: int | None = None,
     say: Callable[[str], object] = print,
     quiet: bool = False,
 ) -> OnlineBatches:
@@ -185,6 +188,7 @@ def open_online(
         window: shuffle window in samples.
         random_crop: see `OnlineBatches`.
         flip_prob: the same.
+        compiled_share: the same.
         say: takes a line for the user, on every process: each replaces samples of its own.
         quiet: another process of the run says what they all find; see `index_samples`.
 
@@ -211,4 +215,5 @@ def open_online(
         num_workers=num_workers,
         random_crop=random_crop,
         flip_prob=flip_prob,
+        compiled_share=compiled_share,
     )

@@ -67,6 +67,7 @@ class Tools:
         open_decoded: starts decoding a shard, here or elsewhere.
         batch_size: images per call of the encoder.
         decode_workers: threads behind `open_decoded`.
+        compiled: whether the encoders are compiled.
         encoding: one shard at a time has the encoders.
     """
 
@@ -79,14 +80,16 @@ class Tools:
     batch_size: int
     decode_workers: int
     open_decoded: OpenDecoded
+    compiled: bool = False
     encoding: Lock = field(default_factory=Lock)
 
 
 @cache
-def library_versions() -> dict[str, str]:
-    """Libraries that stored bytes may depend on."""
+def library_versions(*, compiled: bool = False) -> dict[str, str]:
+    """Libraries that stored bytes may depend on; `inductor` among them: encoders are compiled."""
     names = ("torch", "diffusers", "transformers", "pillow", "simplejpeg", "numpy", "safetensors")
-    return {name: version(name) for name in (*names, "pyarrow")}
+    found = {name: version(name) for name in (*names, "pyarrow")}
+    return found | ({"inductor": found["torch"]} if compiled else {})
 
 
 def encode_shard(
@@ -121,7 +124,7 @@ def encode_shard(
         if task.receipt:
             refuse_changed_source(task.receipt, tools.dataset, source)
         texts = _encode_texts(task, tools, ledger, account)
-    facts = _facts(task, source, len(ledger))
+    facts = _facts(task, tools, source, len(ledger))
     dropped = count_reasons(ledger)
     for column in task.columns:
         if isinstance(column, TextColumn):
@@ -214,18 +217,19 @@ def _encode_from_ledger(
     with tools.encoding:
         texts = _encode_texts(task, tools, ledger, account)
     on_samples(len(ledger))
-    facts, dropped = _facts(task, task.receipt.source, len(ledger)), count_reasons(ledger)
+    facts = _facts(task, tools, task.receipt.source, len(ledger))
+    dropped = count_reasons(ledger)
     for column in task.columns:
         _commit_column(tools, facts, column, *texts[column.column_id], dropped, account)
 
 
-def _facts(task: ShardTask, source: Json, rows_in: int) -> Json:
+def _facts(task: ShardTask, tools: Tools, source: Json, rows_in: int) -> Json:
     """What the receipts of all files of a shard share."""
     return {
         "shard": task.source.name,
         "source": source,
         "rows_in": rows_in,
-        "versions": library_versions(),
+        "versions": library_versions(compiled=tools.compiled),
     }
 
 
@@ -279,7 +283,14 @@ def _commit_ledger(
     refuse_changed_source(receipt, tools.dataset, facts["source"])
 
 
-def write_null(dataset: Location, column: TextColumn, encoder: TextEncoder, model: str) -> None:
+def write_null(
+    dataset: Location,
+    column: TextColumn,
+    encoder: TextEncoder,
+    model: str,
+    *,
+    compiled: bool = False,
+) -> None:
     """What a text column stores of the empty caption, once; see `Dataset.read_null`."""
     path = column_path(dataset, column.column_id, NULL)
     if read_receipt_of(path):
@@ -294,6 +305,6 @@ def write_null(dataset: Location, column: TextColumn, encoder: TextEncoder, mode
         rows=1,
         absent={},
         model=model,
-        versions=library_versions(),
+        versions=library_versions(compiled=compiled),
     )
     commit(path, partial(save_arrays, arrays=arrays), lambda written: receipt_of(**written))

@@ -88,15 +88,22 @@ def _load_tools(spec: WorkerSpec, open_decoded: OpenDecoded) -> Tools:
     from precompute.loading import choose_device
     from precompute.shard_job import write_null
     from precompute.text_encoder import TextEncoder
+    from precompute.text_rows import TEXT_BATCH_SIZE
 
     device, dtype = choose_device(spec.device), getattr(torch, spec.dtype)
     dataset, text = location(spec.dataset), {}
     for column in spec.columns:
         if isinstance(column, TextColumn):
             text[column.part] = TextEncoder(
-                spec.model, device, dtype, column.part, tokenizer_only=not column.has_states
+                spec.model,
+                device,
+                dtype,
+                column.part,
+                tokenizer_only=not column.has_states,
+                compiled_batch_size=TEXT_BATCH_SIZE if spec.compiled else None,
             )
-            write_null(dataset, column, text[column.part], spec.model.name)
+            encoder = text[column.part]
+            write_null(dataset, column, encoder, spec.model.name, compiled=spec.compiled)
     image = None
     if any(isinstance(column, ImageColumn) for column in spec.columns):
         compiled = spec.batch_size if spec.compiled else None
@@ -111,4 +118,5 @@ def _load_tools(spec: WorkerSpec, open_decoded: OpenDecoded) -> Tools:
         batch_size=spec.batch_size,
         decode_workers=spec.decode_workers,
         open_decoded=open_decoded,
+        compiled=spec.compiled,
     )

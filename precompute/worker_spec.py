@@ -26,7 +26,7 @@ class WorkerSpec:
         caption_field: see `ShardStream`.
         batch_size: images per call of the VAE.
         decode_workers: threads that decode.
-        compiled: whether the VAE is compiled.
+        compiled: whether the encoders are compiled.
     """
 
     dataset: str
