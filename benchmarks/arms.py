@@ -247,7 +247,12 @@ class Arms:
 
             token_ids, device = self._columns.token_ids, self.accelerator.device
             assert token_ids is not None
-            return EncodedText(self._open_reader(token_ids), token_ids, device=device)
+            return EncodedText(
+                self._open_reader(token_ids),
+                token_ids,
+                device=device,
+                compiled_share=self._compiled_share(),
+            )
         reader = self._open_reader(self._columns.text)
         if name == "resident":
             return ResidentBatches(reader, self.accelerator.device, self._blocks.length)
@@ -266,7 +271,15 @@ class Arms:
             columns.text,
             device=self.accelerator.device,
             num_workers=os.cpu_count() or 1,
+            compiled_share=self._compiled_share(),
         )
+
+    def _compiled_share(self) -> int | None:
+        """Encoders are compiled where the U-Net is, as `train/main.py` does it."""
+        from train.step_plan import resolve_compile
+
+        mode, _ = resolve_compile(self._config, self.accelerator.device)
+        return None if mode == "off" else self._config.global_batch_size
 
     def _open_reader(self, text: Column[TextColumn]) -> LatentReader:
         from train.main import pinned_empty

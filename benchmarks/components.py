@@ -71,10 +71,12 @@ def _update_parts(trainer: Trainer, batch: LatentBatch) -> dict[str, Callable[[]
         losses, accumulated = model.backward(moments, states, draws)
 
     def optimizer() -> None:
-        update.update_weights(trainer.step, losses.mean(), accumulated=accumulated)
+        update.begin(trainer.step)
+        update.advance(losses.mean(), accumulated=accumulated, moves_average=averages_at_once)
 
+    averages_at_once = update.is_fused and model.average is not None
     parts: dict[str, Callable[[], object]] = {"unet": unet, "optimizer": optimizer}
-    if model.average:
+    if model.average and not averages_at_once:
         parts["ema"] = model.average.update
     return parts
 

@@ -15,7 +15,9 @@ HEAVY = ["torch", "diffusers", "transformers", "accelerate", "webdataset", "matp
 
 
 def modules_of(package: str) -> list[Path]:
-    return sorted((REPOSITORY / package).glob("*.py"))
+    """Modules and packages right below it."""
+    folder = REPOSITORY / package
+    return sorted([*folder.glob("*.py"), *(path.parent for path in folder.glob("*/__init__.py"))])
 
 
 def strangers() -> set[str]:

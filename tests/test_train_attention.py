@@ -9,12 +9,14 @@ import pytest
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from functorch.compile import make_boxed_func
 from helpers_train import DIM, LATENT_SHAPE, NUM_TOKENS, write_unet
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shards.errors import UserError
-from train import attention
+from train import attention, attention_processors
 from train.attention import (
     Trial,
     apply_attention,
@@ -24,6 +26,8 @@ from train.attention import (
     milliseconds_on_gpu,
     pin_fastest,
 )
+from train.attention_processors import BatchedProcessor
+from train.projections import batch_projections
 from train.unet import build_unet, load_unet_config
 
 CPU = torch.device("cpu")
@@ -31,10 +35,22 @@ FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 SOFTMAX = "aten::_safe_softmax"  # what torch's plain attention calls
 
 
+def build(folder: Path, *, batched: bool = False, **changes: Any) -> Any:
+    unet = build_unet(load_unet_config(write_unet(folder / "unet.json", **changes)), 8, 0)
+    if batched:
+        assert batch_projections(unet)
+    return unet
+
+
+@pytest.fixture(params=[False, True], ids=["as built", "batched"])
+def batched(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 @pytest.fixture
-def unet(tmp_path: Path) -> Any:
+def unet(tmp_path: Path, batched: bool) -> Any:
     """Self- and cross-attention at 4x4 in a down, a middle and an up block."""
-    return build_unet(load_unet_config(write_unet(tmp_path / "unet.json")), 8, 0)
+    return build(tmp_path, batched=batched)
 
 
 def apply(unet: Any, choice: Any, dtype: torch.dtype = torch.float32) -> str:
@@ -112,7 +128,9 @@ def test_a_choice_that_does_not_run_here_is_refused_with_those_that_do(unet, cho
 
 
 def test_a_pin_that_has_no_effect_is_found_out(unet, monkeypatch):
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: warnings.catch_warnings())
+    monkeypatch.setattr(
+        attention_processors, "sdpa_kernel", lambda backend: warnings.catch_warnings()
+    )
     with pytest.raises(UserError, match=r"4x4 self: flash ran in its place.*sdpa or flash$"):
         apply(unet, "math")
 
@@ -124,18 +142,18 @@ def test_torchs_own_reason_is_told_not_which_kernels_were_off(unet, monkeypatch)
         warnings.warn("head_dim should be 128 (Triggered internally at x.h:1)", stacklevel=1)
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setattr(attention, "sdpa_kernel", refuse)
+    monkeypatch.setattr(attention_processors, "sdpa_kernel", refuse)
     with pytest.raises(UserError, match=r"4x4 self: head_dim should be 128\. Remedy"):
         apply(unet, "cudnn")
 
 
-def test_layers_are_grouped_by_shape_and_named_by_their_sides(tmp_path):
+def test_layers_are_grouped_by_shape_and_named_by_their_sides(tmp_path, batched):
     changes = {
         "down_block_types": ["CrossAttnDownBlock2D"] * 2,
         "up_block_types": ["CrossAttnUpBlock2D"] * 2,
         "attention_head_dim": [4, 8],
     }
-    unet = build_unet(load_unet_config(write_unet(tmp_path / "unet.json", **changes)), 8, 0)
+    unet = build(tmp_path, batched=batched, **changes)
     shapes = find_layers(unet, (4, 9, 12), NUM_TOKENS)
     names = ["9x12 self", "9x12 cross", "5x6 self", "5x6 cross"]
     assert [shape.name for shape in shapes] == names
@@ -161,18 +179,26 @@ def xformers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @torch.library.custom_op("xformers_stub::attention", mutates_args=())
 def stub_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(query, key, value)
+    return attend(query, key, value)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[B, tokens, width] or [B, tokens, heads, width], as xFormers takes it; plain operators."""
+    if query.dim() == 4:
+        heads = zip(query.unbind(2), key.unbind(2), value.unbind(2), strict=True)
+        return torch.stack([attend(*head) for head in heads], 2)
+    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
 
 
 @stub_attention.register_fake
 def _(query, key, value):
-    return torch.empty_like(query)
+    return query.new_empty(query.shape)
 
 
 def _stub_backward(ctx, gradient):
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        return torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, gradient)
+        return torch.autograd.grad(attend(*inputs), inputs, gradient)
 
 
 stub_attention.register_autograd(
@@ -184,9 +210,9 @@ def test_xformers_is_known_by_its_own_operators(unet, xformers):
     apply(unet, "math")
     exact = predict(unet)
 
-    def memory_efficient_attention(query, key, value, attn_bias, op, scale):
+    def memory_efficient_attention(query, key, value, attn_bias=None, op=None, scale=None):
         assert attn_bias is op is None
-        assert scale == query.shape[-1] ** -0.5
+        assert scale in (None, query.shape[-1] ** -0.5)
         return stub_attention(query, key, value)
 
     xformers.memory_efficient_attention = memory_efficient_attention
@@ -196,9 +222,11 @@ def test_xformers_is_known_by_its_own_operators(unet, xformers):
 
 
 def test_xformers_that_runs_something_else_is_refused(unet, xformers):
-    xformers.memory_efficient_attention = lambda query, key, value, **_: (
-        F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
-    )
+    def memory_efficient_attention(query, key, value, **_):
+        query, key, value = (tensor.flatten(2)[:, None] for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value)[:, 0]
+
+    xformers.memory_efficient_attention = memory_efficient_attention
     with pytest.raises(UserError, match="4x4 self: flash ran in its place"):
         apply(unet, "xformers")
 
@@ -250,10 +278,11 @@ def test_a_later_candidate_must_be_clearly_faster(unet, second, kept):
     assert set(pinned.values()) == {kept}
 
 
-def test_where_no_candidate_runs_torch_chooses(unet):
+def test_where_no_candidate_runs_torch_chooses(unet, batched):
     pinned = pin_fastest(trials_of(unet), ("cudnn", "xformers"), timer({}))
     assert pinned == {"4x4 self": "flash", "4x4 cross": "flash"}
-    assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
+    expected = BatchedProcessor if batched else AttnProcessor2_0
+    assert {type(processor) for processor in unet.attn_processors.values()} == {expected}
 
 
 def test_on_a_cpu_auto_measures_nothing_and_changes_no_bit(unet, monkeypatch):
@@ -306,17 +335,16 @@ def test_a_unet_without_attention_has_none(tmp_path):
         "up_block_types": ["UpBlock2D"] * 2,
         "mid_block_type": None,
     }
-    unet = build_unet(load_unet_config(write_unet(tmp_path / "unet.json", **changes)), 8, 0)
-    assert apply(unet, "flash") == "none"
+    assert apply(build(tmp_path, **changes), "flash") == "none"
 
 
 # What the trial leaves behind ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("choice", ["auto", "flash", "math", "cudnn"])
-def test_the_trial_leaves_no_trace(tmp_path, choice):
-    config = load_unet_config(write_unet(tmp_path / "unet.json", dropout=0.5))
-    unet = build_unet(config, 8, 0)
+def test_the_trial_leaves_no_trace(tmp_path, batched, choice):
+    unet = build(tmp_path, batched=batched, dropout=0.5)
+    hooks = hooks_of(unet)
     weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
     generator = torch.random.get_rng_state()
     if choice == "cudnn":
@@ -326,9 +354,13 @@ def test_the_trial_leaves_no_trace(tmp_path, choice):
         apply(unet, choice)
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in unet.parameters())
-    assert not any(module._forward_pre_hooks for module in unet.modules())
+    assert hooks_of(unet) == hooks
     assert unet.training
     assert all(torch.equal(weight, weights[name]) for name, weight in unet.state_dict().items())
+
+
+def hooks_of(unet: Any) -> list[list[Any]]:
+    return [list(module._forward_pre_hooks.values()) for module in unet.modules()]
 
 
 def enabled() -> list[bool]:
@@ -344,3 +376,93 @@ def test_a_pin_holds_for_its_own_unet_alone(unet, choice):
     assert enabled() == before
     query = torch.randn(1, 1, 4, 8)
     assert kernel_of(lambda: F.scaled_dot_product_attention(query, query, query)) == "flash"
+
+
+# Batched projections ------------------------------------------------------------------------------
+
+
+def test_a_batched_layer_is_tried_on_its_own_keys_and_values_out_of_the_whole_product(tmp_path):
+    unet = build(tmp_path, batched=True)
+    shapes = find_layers(unet, LATENT_SHAPE, NUM_TOKENS)
+    cross = shapes[1]
+    num_layers, width = 4, 64
+    assert [shape.context_shape for shape in shapes] == [None, (NUM_TOKENS, 2 * num_layers * width)]
+    assert [len(shape.layers) for shape in shapes] == [num_layers] * 2
+    contexts: list[tuple[torch.Tensor, ...]] = []
+    gradients: list[torch.Tensor] = []
+
+    def note(layer: Any, inputs: Any, keywords: dict[str, Any]) -> None:
+        context = keywords["encoder_hidden_states"]
+        contexts.append(context)
+        for piece in layer.to_kv(context):
+            piece.register_hook(gradients.append)
+
+    layer = cross.layers[-1]
+    cross.layers = [layer]
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    Trial(cross, CPU, torch.float32, batch_size=3)()
+    (context,) = contexts
+    wants_gradient = [number for number, piece in enumerate(context) if piece.requires_grad]
+    assert wants_gradient == list(range(2 * num_layers))[layer.to_kv.index] != [0, 1]
+    assert [gradient.shape for gradient in gradients] == [(3, NUM_TOKENS, width)] * 2
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    whole = 2 * num_layers * width
+    assert {piece.stride() for piece in context} == {(NUM_TOKENS * whole, whole, 1)}
+    assert {piece.shape for piece in context} == {(3, NUM_TOKENS, width)}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "xformers"])
+def test_the_kernel_gets_views_of_the_products_not_copies(tmp_path, xformers, monkeypatch, kernel):
+    products: set[int] = set()
+    num_calls = 0
+
+    def attend_here(query, key, value, **_):
+        nonlocal num_calls
+        num_calls += 1
+        storages = {tensor.untyped_storage().data_ptr() for tensor in (query, key, value)}
+        assert len(storages) == (1 if query.shape == key.shape else 2)
+        assert storages <= products
+        assert {tensor.stride(-1) for tensor in (query, key, value)} == {1}
+        return real(query, key, value)
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        products.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+    unet = build(tmp_path, batched=True)
+    xformers.memory_efficient_attention = stub_attention
+    apply(unet, kernel)
+    for name, module in unet.named_modules():
+        if name.endswith(("to_q", "to_qkv", "to_all_kv")):
+            module.register_forward_hook(note)
+    if kernel == "xformers":
+        real, xformers.memory_efficient_attention = stub_attention, attend_here
+    else:
+        real = F.scaled_dot_product_attention
+        monkeypatch.setattr(attention_processors.F, "scaled_dot_product_attention", attend_here)
+    with torch.no_grad():
+        predict(unet)
+    assert num_calls == num_layers(unet)
+
+
+def test_the_pin_of_each_shape_stays_in_a_compiled_graph(tmp_path):
+    unet = build(tmp_path, batched=True)
+    for trial, kernel in zip(trials_of(unet), ("math", "flash"), strict=True):
+        assert trial.use(kernel) == kernel
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    hidden_states = torch.randn(2, 16, 64)
+    states = unet.to_all_kv(torch.randn(2, NUM_TOKENS, DIM))
+    expected = block(hidden_states, encoder_hidden_states=states)
+    calls: Counter[str] = Counter()
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        calls.update(target.name() for target in targets if hasattr(target, "name"))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    block.compile(fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=note))
+    actual = block(hidden_states, encoder_hidden_states=states)
+    torch._dynamo.reset()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (calls[FLASH], calls[SOFTMAX]) == (1, 1)

@@ -21,7 +21,7 @@ from torch._inductor.cpp_builder import cpp_compiler_search
 
 from shards.errors import UserError
 from train.attention import apply_attention
-from train.compilation import compile_errors, compile_model
+from train.compilation import compile_errors, compile_failure, compile_model
 from train.config import TrainConfig
 from train.diffusion_loss import DiffusionLoss
 from train.norms import use_low_precision_norms
@@ -343,6 +343,16 @@ def test_a_machine_without_a_compiler_is_told_to_turn_it_off(tmp_path, monkeypat
         compile_errors(),
     ):
         train_steps(model)
+
+
+def test_whether_a_compiler_works_is_found_by_trying(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert compile_failure(CPU) is None
+    torch.compiler.reset()
+    cpp_compiler_search.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "empty"))
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "no-such-compiler" in compile_failure(CPU)
 
 
 def test_a_break_in_the_graph_is_an_error_and_not_a_slow_run(tmp_path):

@@ -22,7 +22,6 @@ PUBLISHED_SD2 = {
     "weight_decay": 0.01,
     "adam_betas": (0.9, 0.999),
     "global_batch_size": 2048,
-    "micro_batch_size": 16,
     "warmup_steps": 10_000,
     "lr_schedule": "constant",
     "prediction_type": "epsilon",

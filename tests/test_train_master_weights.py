@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from shards.errors import UserError
 from train.ema import WeightAverage
 from train.master_weights import MasterWeights
 from train.precision import Precision, resolve_precision
+from train.projections import Part
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
@@ -52,15 +54,24 @@ def test_gradients_reach_the_masters_in_float32_and_in_their_places():
     exact, rounded = MasterWeights(net), MasterWeights(low, BF16)
     backward(net)
     backward(low, BF16)
-    norms = [w.norm_of(w.collect_gradients(accumulated=False)) for w in (exact, rounded)]
-    for name, master in exact.tensors.items():
-        other = rounded.tensors[name].grad
+    gradients, others = (w.collect_gradients(accumulated=False) for w in (exact, rounded))
+    for gradient, other, master in zip(gradients, others, exact.tensors.values(), strict=True):
         assert other.dtype == FLOAT
         assert other.stride() == master.stride(), "AdamW's kernel pairs them up in memory"
-        torch.testing.assert_close(other, master.grad, rtol=0.05, atol=0.02)
-    expected = math.sqrt(sum(m.grad.double().square().sum() for m in exact.tensors.values()))
-    assert norms[0].item() == pytest.approx(expected, rel=1e-5)
-    assert norms[1].item() == pytest.approx(expected, rel=0.02)
+        torch.testing.assert_close(other, gradient, rtol=0.05, atol=0.02)
+    expected = math.sqrt(sum(g.double().square().sum() for g in gradients))
+    assert exact.norm_of(gradients).item() == pytest.approx(expected, rel=1e-5)
+    assert rounded.norm_of(others).item() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_norm_of_bfloat16_gradients_is_summed_up_in_float32():
+    low = small_net()
+    weights = MasterWeights(low, BF16)
+    backward(low, BF16)
+    gradients = weights.collect_gradients(accumulated=False, in_float32=False)
+    assert {gradient.dtype for gradient in gradients} == {BF16}
+    expected = math.sqrt(sum(g.double().square().sum() for g in gradients))
+    assert weights.norm_of(gradients).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_many_small_gradients_add_up_in_float32():
@@ -69,14 +80,14 @@ def test_many_small_gradients_add_up_in_float32():
     weights = MasterWeights(low, BF16)
     assert weights.accumulates(2)
     assert not weights.accumulates(1)
-    for _ in range(1000):
-        for parameter in low.parameters():
-            parameter.grad = torch.full_like(parameter, 0.5)
-        weights.add_gradients()
-        assert all(p.grad is None for p in low.parameters())
-    weights.collect_gradients(accumulated=True)
-    for master in weights.tensors.values():
-        assert torch.equal(master.grad, torch.full_like(master, 500.0))
+    for step in range(2):
+        for number in range(1000):
+            for parameter in low.parameters():
+                parameter.grad = torch.full_like(parameter, 0.5)
+            weights.add_gradients(is_first=number == 0)
+            assert all(p.grad is None for p in low.parameters())
+        for gradient in weights.collect_gradients(accumulated=True):
+            assert torch.equal(gradient, torch.full_like(gradient, 500.0)), step
 
 
 def test_a_step_starts_without_the_gradients_of_the_one_before():
@@ -85,11 +96,40 @@ def test_a_step_starts_without_the_gradients_of_the_one_before():
         weights = MasterWeights(net, dtype)
         backward(net, dtype)
         first = weights.norm_of(weights.collect_gradients(accumulated=False)).item()
-        weights.clear_gradients()
-        assert all(m.grad is None for m in weights.tensors.values())
+        assert all(p.grad is None for p in net.parameters())
         backward(net, dtype)
         again = weights.norm_of(weights.collect_gradients(accumulated=False)).item()
         assert again == first > 0
+
+
+def test_a_parameter_that_the_loss_does_not_reach_is_named():
+    net = small_net()
+    weights = MasterWeights(net)
+    net[0].bias.requires_grad_(False)
+    backward(net)
+    with pytest.raises(UserError, match=r"0\.bias has no part in the loss"):
+        weights.collect_gradients(accumulated=False)
+
+
+def test_masters_of_rows_are_the_rows_of_the_module():
+    """As `train.projections` has it: two of diffusers' weights in one of ours."""
+    for dtype in (FLOAT, BF16):
+        net = small_net()
+        whole = net[2].weight.detach().clone()
+        parts = {"first": Part("2.weight", 0, 1, 4), "second": Part("2.weight", 1, 2, 5)}
+        weights = MasterWeights(net, dtype, parts=parts)
+        assert "2.weight" not in weights.tensors
+        assert torch.equal(torch.cat([weights.tensors[name] for name in parts]), whole)
+        backward(net, dtype)
+        expected = net[2].weight.grad.clone()
+        found = dict(
+            zip(weights.tensors, weights.collect_gradients(accumulated=False), strict=True)
+        )
+        assert torch.equal(torch.cat([found[name] for name in parts]), expected.float())
+        weights.tensors["second"].fill_(7.0)
+        weights.publish()
+        assert torch.equal(net[2].weight[1:], torch.full_like(net[2].weight[1:], 7.0))
+        assert torch.equal(net[2].weight[:1], whole[:1].to(dtype))
 
 
 def test_loaded_weights_are_published():

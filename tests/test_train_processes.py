@@ -56,6 +56,8 @@ TWO_PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "pieces": PIECES,
     "low": {"mixed_precision": "bf16-weights"},
     "low-zero2": {"mixed_precision": "bf16-weights", **ZERO2},
+    "batched": {"batched_projections": "on"},
+    "low-batched": {"batched_projections": "on", "mixed_precision": "bf16-weights"},
 }
 
 
@@ -199,6 +201,11 @@ def test_losses_of_two_processes_equal_those_of_one(runs):
         assert loss == pytest.approx(alone[step], rel=1e-4)
 
 
+def test_batched_projections_of_two_processes_have_the_losses_of_one_without(runs):
+    alone, batched = losses_of(runs / "alone"), losses_of(runs / "batched")
+    assert batched == {step: pytest.approx(alone[step], rel=1e-4) for step in (2, 4, 6, 8)}
+
+
 def test_one_then_two_then_one_process_continue_one_run(runs):
     alone, continued = losses_of(runs / "alone"), losses_of(runs / "continued")
     assert list(losses_of(runs / "at-three")) == [2, 3]
@@ -269,7 +276,7 @@ def test_zero2_halves_masters_optimizer_and_average(runs):
 def test_low_precision_weights_average_their_float32_sums(runs):
     """Accumulated gradients of two processes, against autocast's of one."""
     alone = losses_of(runs / "alone")
-    for name in ("low", "low-zero2"):
+    for name in ("low", "low-zero2", "low-batched"):
         found = losses_of(runs / name)
         assert found == {step: pytest.approx(alone[step], rel=0.01) for step in found}
 

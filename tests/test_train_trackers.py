@@ -152,7 +152,7 @@ def test_settings_are_stored_once_as_flat_values(run_dir):
     assert settings["learning_rate"] == 3e-4
     assert settings["max_steps"] == 77
     assert settings["adam_betas"] == "(0.9, 0.95)"
-    assert settings["compile"] == "off"
+    assert settings["sharding"] == "off"
     assert settings.keys() == set(TrainConfig.__dataclass_fields__)
 
 

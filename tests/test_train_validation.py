@@ -73,9 +73,10 @@ def trainer_of(module: nn.Module, *, process: int = 0, of: int = 1, **facts: Any
     }
     given |= facts
     in_model = ("loss_module", "objective", "unet_config", "average")
-    return SimpleNamespace(
-        **given, model=SimpleNamespace(**{name: given[name] for name in in_model})
-    )
+    model = SimpleNamespace(**{name: given[name] for name in in_model})
+    own = {name: p.detach() for name, p in module.unet.named_parameters()}
+    model.weights = SimpleNamespace(in_module=own)
+    return SimpleNamespace(**given, model=model)
 
 
 def figures_of(trainer: Any, micro_batch_size: int = 4) -> dict[str, float]:

@@ -16,18 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shards.errors import UserError
+from train.attention_processors import build_processor, is_batched
 from train.config import AttentionChoice
 
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 _OPERATORS = {
     "_scaled_dot_product_flash_attention": "flash",
     "_scaled_dot_product_flash_attention_for_cpu": "flash",
@@ -70,7 +64,8 @@ def apply_attention(
     choice without measuring: runs stay the same to the bit.
 
     Args:
-        unet: diffusers U-Net, on `device`; its weights may be wider than `dtype` (autocast).
+        unet: diffusers U-Net, on `device`, its projections batched or not; its weights may be
+            wider than `dtype` (autocast).
         choice: see `TrainConfig.attention`; `sdpa` leaves the choice of kernel to torch.
         device: where it runs.
         dtype: what it computes in.
@@ -125,12 +120,15 @@ class LayerShape:
         hidden_shape: [tokens, channels] of what the layer is called with.
         context_shape: [tokens, channels] of what it attends to; None for self-attention.
         layers: diffusers `Attention` modules.
+        context_widths: what the context is cut into along its channels, where it is the keys and
+            values of all layers (`train.projections`).
     """
 
     name: str
     hidden_shape: torch.Size
     context_shape: torch.Size | None
     layers: list[Any] = field(default_factory=list)
+    context_widths: tuple[int, ...] | None = None
 
 
 def find_layers(unet: Any, latent_shape: tuple[int, int, int], num_tokens: int) -> list[LayerShape]:
@@ -144,12 +142,12 @@ def find_layers(unet: Any, latent_shape: tuple[int, int, int], num_tokens: int) 
     found: dict[tuple[object, ...], LayerShape] = {}
 
     def note(layer: Any, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-        context = keywords.get("encoder_hidden_states")
         hidden_shape = inputs[0].shape[1:]
-        context_shape = None if context is None else context.shape[1:]
-        key = (hidden_shape, context_shape, layer.heads)
+        context_shape, widths = _context_of(keywords.get("encoder_hidden_states"))
+        key = (hidden_shape, context_shape, layer.heads, is_batched(layer))
         name = _name(latent_shape, hidden_shape, context_shape)
-        found.setdefault(key, LayerShape(name, hidden_shape, context_shape)).layers.append(layer)
+        shape = LayerShape(name, hidden_shape, context_shape, context_widths=widths)
+        found.setdefault(key, shape).layers.append(layer)
 
     layers = [module for module in unet.modules() if isinstance(module, Attention)]
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
@@ -162,6 +160,14 @@ def find_layers(unet: Any, latent_shape: tuple[int, int, int], num_tokens: int) 
         for hook in hooks:
             hook.remove()
     return list(found.values())
+
+
+def _context_of(context: Any) -> tuple[torch.Size | None, tuple[int, ...] | None]:
+    """Shape of what a layer attends to, and what it is cut into."""
+    if not isinstance(context, tuple):
+        return None if context is None else context.shape[1:], None
+    widths = tuple(piece.shape[-1] for piece in context)
+    return torch.Size((context[0].shape[1], sum(widths))), widths
 
 
 def _name(
@@ -196,14 +202,28 @@ class Trial:
 
     def __call__(self) -> None:
         """Forward and backward; leaves no gradient anywhere."""
-        layer, context_shape = self.layers[0], self._shape.context_shape
+        layer = self.layers[0]
         weights = [weight for weight in layer.parameters() if weight.requires_grad]
         hidden_states = self._random(self._shape.hidden_shape, weights[0].dtype).requires_grad_()
-        context = None if context_shape is None else self._random(context_shape, weights[0].dtype)
+        context, leaves = self._context(weights[0].dtype)
         autocast = self._dtype != weights[0].dtype
         with torch.enable_grad(), torch.autocast(self._device.type, self._dtype, enabled=autocast):
             output = layer(hidden_states, encoder_hidden_states=context)
-        torch.autograd.grad(output.float().square().mean(), [hidden_states, *weights])
+        torch.autograd.grad(output.float().square().mean(), [hidden_states, *leaves, *weights])
+
+    def _context(self, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
+        """What the layer attends to, and what of it wants a gradient."""
+        shape = self._shape
+        if shape.context_shape is None:
+            return None, []
+        if shape.context_widths is None:
+            return self._random(shape.context_shape, dtype), []
+        # The strides are those of the product of all layers; what is other layers' stays unset.
+        size = (self._batch_size, *shape.context_shape)
+        whole = torch.empty(size, device=self._device, dtype=self._dtype)
+        context = whole.split(shape.context_widths, dim=-1)
+        leaves = [piece.normal_().requires_grad_() for piece in self.layers[0].to_kv(context)]
+        return context, leaves
 
     def use(self, kernel: str) -> str:
         """Give the layers the processor of `kernel` and see that it runs.
@@ -217,7 +237,7 @@ class Trial:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
-                processor = _build_processor(kernel)
+                processor = build_processor(kernel, self.layers[0])
                 for layer in self.layers:
                     layer.set_processor(processor)
                 ran = kernel_of(self)
@@ -327,50 +347,3 @@ def milliseconds_on_gpu(run: Run) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
-
-
-# Processors ---------------------------------------------------------------------------------------
-
-
-class PinnedProcessor:
-    """Diffusers' SDPA processor with one kernel of torch's allowed for the call.
-
-    Which kernels torch may use is a state of the process; it is set around the call alone, also
-    inside a compiled graph.
-
-    Args:
-        backend: the kernel; a call that it cannot run raises RuntimeError.
-    """
-
-    def __init__(self, backend: SDPBackend) -> None:
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        self.backend = backend
-        self.processor = AttnProcessor2_0()
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """As diffusers' `AttnProcessor2_0`."""
-        with sdpa_kernel(self.backend):
-            output: Tensor = self.processor(
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb
-            )
-        return output
-
-
-def _build_processor(kernel: str) -> Any:
-    from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
-
-    if kernel == "sdpa":
-        return AttnProcessor2_0()
-    if kernel == "xformers":
-        import xformers.ops  # noqa: F401 - diffusers imports it too, but not if it is missing
-
-        return XFormersAttnProcessor()
-    return PinnedProcessor(_BACKENDS[kernel])

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from shards.errors import UserError
 from train.diffusion_loss import DiffusionLoss
@@ -55,6 +56,30 @@ def _allow_graphs(num_modules: int) -> None:
     config.recompile_limit = max(config.recompile_limit, 2 * num_modules)
 
 
+def compile_failure(device: torch.device) -> str | None:
+    """Why torch.compile does not work on a device, tried on a line of arithmetic; None if it does.
+
+    It takes a C or C++ compiler, and on a GPU Triton, which has needs of its own.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        torch.compile(_line_of_arithmetic, fullgraph=True, dynamic=False)(
+            torch.ones(8, device=device)
+        )
+    except TorchDynamoException as error:
+        return _first_line(error)
+    return None
+
+
+def _line_of_arithmetic(numbers: Tensor) -> Tensor:
+    return numbers * 2 + 1
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)
+
+
 @contextmanager
 def compile_errors() -> Iterator[None]:
     """What goes wrong in the compiler becomes a `UserError`; keep it around the training loop.
@@ -69,5 +94,4 @@ def compile_errors() -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise UserError("--compile", reason, remedy="--compile off") from error
+        raise UserError("--compile", _first_line(error), remedy="--compile off") from error

@@ -11,7 +11,7 @@ _COUNTS = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "sample_steps", "online_workers"),
 )
 _NOT_NEGATIVE = (
-    *("micro_batch_size", "seed", "num_partitions", "min_snr_gamma", "offset_noise"),
+    *("seed", "num_partitions", "min_snr_gamma", "offset_noise"),
     *("learning_rate", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"),
     *("cache_gib", "ema_start_step", "keep_every", "max_restarts"),
     *("validation_samples", "validation_every", "num_samples", "sample_every", "sample_guidance"),
@@ -21,6 +21,8 @@ _FRACTIONS = ("caption_drop_prob", "flip_prob", "final_lr_frac", "ema_decay", "s
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 Precision = Literal["auto", "no", "fp16", "bf16", "bf16-weights"]
 AttentionChoice = Literal["auto", "xformers", "sdpa", "flash", "cudnn", "math"]
+CompileMode = Literal["auto", "off", "regional", "full"]
+Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,9 @@ class TrainConfig:
     """Optimizer updates in the whole run."""
     global_batch_size: int = 32
     """Samples per update, over all processes."""
-    micro_batch_size: int = 0
-    """Samples per forward pass and process; 0 takes a process's whole share at once."""
+    micro_batch_size: int | Literal["auto"] = 0
+    """Samples per forward pass and process; 0 takes a process's whole share at once, auto as much
+    of it as a GPU's memory holds (16 on a CPU)."""
     seed: int = 0
     """Of the weights, the order of samples, and every random draw."""
     num_partitions: int = 0
@@ -125,14 +128,32 @@ class TrainConfig:
     # How it is computed: none of this changes what is trained, but for rounding
     mixed_precision: Precision = "auto"
     """fp16 and bf16 are autocast; bf16-weights keeps the model in bfloat16 and float32 masters.
-    auto: what accelerate launch was told, else bf16 on a GPU that has it, else no."""
+    auto: what accelerate launch was told, else bf16-weights on a GPU that has bfloat16, else no."""
     low_precision_norm: bool = False
     """Under autocast, run group and layer norms in the low precision as well."""
     attention: AttentionChoice = "auto"
     """auto measures what runs on a GPU and takes the fastest; the log says which."""
-    compile: Literal["off", "regional", "full"] = "off"
+    compile: CompileMode = "auto"
     """torch.compile: full makes one graph from moments to loss; regional compiles each block once,
-    in a fraction of the time."""
+    in a fraction of the time. auto: on a GPU full, or regional with --sharding zero2."""
+    channels_last: Switch = "auto"
+    """Keep activations in NHWC from end to end, as convolutions want them. auto: on. The log says
+    which of this and the switches below are on, and why one is off."""
+    fused_update: Switch = "auto"
+    """Clip, AdamW, average and bfloat16 copy in one pass over the weights, by a Triton kernel.
+    auto, here and below: on a GPU where the kernel agrees with torch on the device at hand."""
+    fused_norms: Switch = "auto"
+    """GroupNorm, time embedding and SiLU in NHWC by Triton kernels, forward and backward."""
+    fused_geglu: Switch = "auto"
+    """The feed-forward layers' gate by a Triton kernel, forward and backward."""
+    batched_projections: Switch = "auto"
+    """Query, key and value in one product; all cross-attention's keys and values in one; all time
+    embeddings' projections in one. Checkpoints stay diffusers'. auto: on a GPU."""
+    conv_search: Switch = "auto"
+    """Let cuDNN try its algorithms for each convolution and keep the fastest. auto: on a GPU."""
+    cuda_graph: Switch = "auto"
+    """Record the whole step once and replay it: the host hands out one graph, not thousands of
+    kernels. auto: on a GPU, of one process."""
     sharding: Literal["off", "zero2"] = "off"
     """zero2 splits gradients, masters, optimizer and average among the processes."""
 
@@ -186,6 +207,8 @@ class TrainConfig:
             for name in names:
                 if not allowed(getattr(self, name)):
                     raise ValueError(f"--{name.replace('_', '-')} must be {wanted}")
+        if self.micro_batch_size != "auto" and self.micro_batch_size < 0:
+            raise ValueError("--micro-batch-size must be auto or at least 0")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError("--adam-betas must be at least 0 and below 1")
         if not 0 < self.snr_shift < math.inf:
@@ -245,6 +268,8 @@ class TrainConfig:
             *("data", "output_dir", "image_column", "text_column", "text", "model"),
             *("cache_dir", "cache_gib", "online", "online_workers", "micro_batch_size"),
             *("attention", "compile", "sharding", "log_every", "trackers", "validation_every"),
+            *("channels_last", "fused_update", "fused_norms", "fused_geglu"),
+            *("batched_projections", "conv_search", "cuda_graph"),
             *("checkpoint_every", "keep_checkpoints", "keep_every", "checkpoint_format"),
             *("checkpoint_in_background", "max_restarts", "num_samples"),
             *(name for name in self.__dataclass_fields__ if name.startswith("sample_")),

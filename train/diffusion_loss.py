@@ -20,6 +20,7 @@ class DiffusionLoss(nn.Module):
         scaling_factor: of the VAE.
         dtype: what the U-Net computes in; float32 leaves its weights as they are.
         autocast: cast operator by operator; else the weights are of `dtype` themselves.
+        channels_last: whether the U-Net is given its input in NHWC.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class DiffusionLoss(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         autocast: bool = False,
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.objective = objective
         self.scaling_factor = scaling_factor
         self.dtype, self.autocast = dtype, autocast
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.null_states = null_states.float()  # no buffer: DDP would send it round every step
 
     def forward(
@@ -72,7 +75,7 @@ class DiffusionLoss(nn.Module):
     def _predict(
         self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
     ) -> Tensor:
-        noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
+        noisy_latents = noisy_latents.contiguous(memory_format=self.memory_format)
         model_timesteps = self.objective.model_timesteps(timesteps)
         if not self.autocast:
             noisy_latents = noisy_latents.to(self.dtype)

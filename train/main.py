@@ -194,7 +194,13 @@ def open_latents(
         from precompute.encoded_text import EncodedText
 
         accelerator.print(f"text encoder of {config.model or text.model} runs along (token ids)")
-        batches = EncodedText(reader, text, device=accelerator.device, model=config.model)
+        batches = EncodedText(
+            reader,
+            text,
+            device=accelerator.device,
+            model=config.model,
+            compiled_share=_compiled_share(config, accelerator),
+        )
 
     def captions(count: int) -> list[str]:
         from evaluate.sample import captions_of
@@ -221,9 +227,18 @@ def open_images(config: TrainConfig, accelerator: Accelerator) -> Source:
         flip_prob=config.flip_prob,
         say=print,  # of every process: each replaces what it cannot decode
         quiet=not accelerator.is_main_process,
+        compiled_share=_compiled_share(config, accelerator),
         **_order_options(config),
     )
     return Source(batches, None, config.model, batches.captions)
+
+
+def _compiled_share(config: TrainConfig, accelerator: Accelerator) -> int | None:
+    """Samples of a step on a process, where the encoders are compiled as the step is."""
+    from train.step_plan import resolve_compile
+
+    mode, _ = resolve_compile(config, accelerator.device)
+    return None if mode == "off" else config.global_batch_size // accelerator.num_processes
 
 
 def _order_options(config: TrainConfig) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 Three cases, one interface: the model's own parameters; float32 copies of a bfloat16 model's; and
 one process's pieces of a model that `fully_shard` has split along the first dimension. All are
-plain tensors, so the optimizer, the average and the checkpoint need not know which.
+plain tensors under diffusers' own names, also where the model computes with several of its
+parameters as one (`train.projections`), so the optimizer, the average and the checkpoint need not
+know which.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from shards.errors import UserError
+from train.projections import Part, original_parameters
 
 Pieces = dict[str, tuple[int, list[int]]]
 
@@ -24,24 +30,38 @@ class MasterWeights:
         module: float32 when given.
         dtype: what the parameters are converted to; float32 makes them their own masters.
         num_processes: that average their gradients.
+        parts: which of diffusers' parameters are rows of which of the module's.
 
     Attributes:
-        tensors: the masters by parameter name; of a sharded module this process's pieces.
+        tensors: the masters by diffusers' parameter names; of a sharded module this process's
+            pieces.
+        in_module: the weights that the module computes with, by the same names: the masters
+            themselves, or what `publish` rounds them to.
     """
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype = torch.float32, num_processes: int = 1
+        self,
+        module: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        num_processes: int = 1,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         self._parameters = dict(module.named_parameters())
+        self._parts = parts or {}
         self._num_processes = num_processes
         self.is_sharded = any(hasattr(p, "to_local") for p in self._parameters.values())
         self._low = not self.is_sharded and dtype != torch.float32
+        self._sums: list[Tensor] = []  # of gradients, made once they are needed
         if self._low:
-            self.tensors = {name: p.detach().clone() for name, p in self._parameters.items()}
+            originals = original_parameters(module, self._parts)
+            self.tensors = {name: p.detach().clone() for name, p in originals.items()}
             nn.Module.to(module, dtype)  # a diffusers model's own warns about parts it lacks
-            self._gradient, self._gradients = _flat_like(list(self.tensors.values()))
-        else:
-            self.tensors = {name: _local(p.detach()) for name, p in self._parameters.items()}
+        self.in_module = {
+            name: _local(p.detach()) for name, p in original_parameters(module, self._parts).items()
+        }
+        if not self._low:
+            self.tensors = self.in_module
+        assert not (self.is_sharded and self._parts), "rows of a part lie on several processes"
 
     # Gradients -----------------------------------------------------------------------------------
 
@@ -53,64 +73,86 @@ class MasterWeights:
         """
         return self._low and num_micro_batches > 1
 
-    def add_gradients(self) -> None:
-        """Add what a micro-batch left on the parameters to the float32 sums; clear it there."""
-        torch._foreach_add_(self._gradients, self._take_low_gradients())
+    @property
+    def published(self) -> list[Tensor] | None:
+        """A low-precision module's weights, in the order of `tensors`; None without such."""
+        return list(self.in_module.values()) if self._low else None
 
-    def collect_gradients(self, *, accumulated: bool) -> list[Tensor]:
-        """Put the step's gradients on the masters.
+    def add_gradients(self, *, is_first: bool) -> None:
+        """Add what a micro-batch left on the parameters to float32 sums; clear it there.
+
+        Args:
+            is_first: of its step, with which the sums begin.
+        """
+        sums, gradients = self._gradient_sums(), self._take_gradients()
+        if is_first:
+            torch._foreach_copy_(sums, gradients)
+        else:
+            torch._foreach_add_(sums, gradients)
+
+    def collect_gradients(self, *, accumulated: bool, in_float32: bool = True) -> list[Tensor]:
+        """Take the step's gradients off the parameters.
 
         Args:
             accumulated: they were summed by `add_gradients`.
+            in_float32: copy a low-precision module's.
 
         Returns:
-            the gradients, float32, averaged over the processes.
+            those of `tensors`, in their order and memory layout, averaged over the processes.
         """
-        if not self._low:
-            for master, parameter in zip(
-                self.tensors.values(), self._parameters.values(), strict=True
-            ):
-                master.grad = None if parameter.grad is None else _local(parameter.grad)
-            return [master.grad for master in self.tensors.values() if master.grad is not None]
-        if not accumulated:
-            torch._foreach_copy_(self._gradients, self._take_low_gradients())
-        elif self._num_processes > 1:
-            torch.distributed.all_reduce(self._gradient)
-            self._gradient.div_(self._num_processes)
-        for master, gradient in zip(self.tensors.values(), self._gradients, strict=True):
-            master.grad = gradient
-        return [self._gradient]
+        if accumulated:
+            if self._num_processes > 1:
+                torch.distributed.all_reduce(self._sum)
+                self._sum.div_(self._num_processes)
+            return self._sums
+        gradients = self._take_gradients()
+        if not (self._low and in_float32):
+            return gradients
+        sums = self._gradient_sums()
+        torch._foreach_copy_(sums, gradients)
+        return sums
+
+    def _gradient_sums(self) -> list[Tensor]:
+        if not self._sums:
+            self._sum, self._sums = _flat_like(list(self.tensors.values()))
+        return self._sums
 
     def norm_of(self, gradients: list[Tensor]) -> Tensor:
         """The norm over all gradients of all processes."""
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.is_sharded:
             square = norm.square()
             torch.distributed.all_reduce(square)
             norm = square.sqrt()
         return norm
 
-    def clear_gradients(self) -> None:
-        """Forget the step's gradients, before the next one's."""
-        for master, parameter in zip(self.tensors.values(), self._parameters.values(), strict=True):
-            master.grad = parameter.grad = None
-        if self._low:
-            self._gradient.zero_()
+    def _take_gradients(self) -> list[Tensor]:
+        own: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            own[name], parameter.grad = self._gradient_of(name, parameter), None
+        return [self._rows_of(name, own) for name in self.tensors]
 
-    def _take_low_gradients(self) -> list[Tensor]:
-        gradients = [p.grad for p in self._parameters.values()]
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        assert all(gradient is not None for gradient in gradients)
-        return gradients  # type: ignore[return-value]
+    def _gradient_of(self, name: str, parameter: Tensor) -> Tensor:
+        if parameter.grad is not None:
+            return _local(parameter.grad)
+        if self.is_sharded:  # there are processes without a piece of it
+            return torch.zeros_like(self.tensors[name])
+        raise UserError(
+            "--unet", f"{name} has no part in the loss", wanted="a U-Net whose every weight is used"
+        )
+
+    def _rows_of(self, name: str, own: Mapping[str, Tensor]) -> Tensor:
+        part = self._parts.get(name)
+        return own[name] if part is None else own[part.parameter][part.start : part.stop]
 
     # Weights -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the updated masters into a low-precision model's parameters."""
-        if self._low:
-            torch._foreach_copy_(list(self._parameters.values()), list(self.tensors.values()))
+        if self.published:
+            torch._foreach_copy_(self.published, list(self.tensors.values()))
 
     @torch.no_grad()
     def load(self, whole: dict[str, Tensor]) -> None:

@@ -39,12 +39,12 @@ def resolve_precision(choice: str, device: torch.device) -> Precision:
 
     Args:
         choice: `no`, `fp16`, `bf16`, `bf16-weights` or `auto`: what `accelerate launch` was told,
-            else bf16 on a GPU that has it, else no.
+            else bf16-weights on a GPU that has bfloat16, else no.
         device: where the run computes.
     """
     if choice == "auto":
         told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `no` unless one was named
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        choice = told if told in ("fp16", "bf16") else "bf16" if has_bf16 else "no"
+        choice = told if told in ("fp16", "bf16") else "bf16-weights" if has_bf16 else "no"
     dtype = {"no": torch.float32, "fp16": torch.float16}.get(choice, torch.bfloat16)
     return Precision(choice, dtype, autocast=choice in ("fp16", "bf16"))

@@ -145,8 +145,8 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        self.micro_batch_size = _micro_batch_size(config.micro_batch_size, len(self.positions))
-        self.model = model or Model(config, batches, accelerator, self.micro_batch_size)
+        self.model = model or Model(config, batches, accelerator, len(self.positions))
+        self.micro_batch_size = self.model.micro_batch_size
         self.step, self.stopped = 0, False
         self.signals = signals or StopOnSignal()
         self._vote = StopVote(accelerator.num_processes, self.device)
@@ -193,6 +193,8 @@ class Trainer:
             record = {
                 "settings": asdict(self.config),
                 "attention": self.model.attention,
+                "step": asdict(self.model.plan),
+                "micro_batch_size": self.micro_batch_size,
                 "flops_per_image": self._flops_per_image,
                 "matmul_flops_per_sec": peak,
                 **self._identity,
@@ -208,8 +210,10 @@ class Trainer:
         say(
             f"U-Net {config.unet}: {num_parameters:,} parameters | {self.device} | "
             f"precision {self.model.precision.name} | attention {self.model.attention} | "
-            f"compile {config.compile} | sharding {config.sharding}"
+            f"compile {self.model.plan.compile} | sharding {config.sharding} | {self.model.plan}"
         )
+        for note in self.model.plan.notes:
+            say(note)
         say(
             f"global batch {config.global_batch_size} = micro-batch {self.micro_batch_size} x "
             f"{accumulated} accumulated x {self.accelerator.num_processes} processes | "
@@ -385,20 +389,3 @@ class Trainer:
         if weights is not None:
             save_unet(self.run_dir / "unet", self.model.unet_config, weights)
             save_scheduler(self.run_dir / "scheduler", self.model.scheduler_config)
-
-
-def _micro_batch_size(requested: int, share: int) -> int:
-    """Rows per forward pass.
-
-    Raises:
-        UserError: they do not divide a process's share; names the nearest sizes that do.
-    """
-    if requested and share % requested:
-        divisors = [size for size in range(1, share + 1) if share % size == 0]
-        nearest = sorted(sorted(divisors, key=lambda size: abs(size - requested))[:2])
-        raise UserError(
-            "--micro-batch-size",
-            f"{requested} does not divide a process's share of {share}",
-            remedy=f"--micro-batch-size {' or '.join(map(str, nearest))}",
-        )
-    return requested or share

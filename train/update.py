@@ -1,7 +1,8 @@
 """One update of the weights: clip, AdamW, average. All of it on the device, without a host sync.
 
-Clipping and loss scaling cost no pass over the gradients: AdamW's fused kernel divides by
-`grad_scale` as it reads them, and changes nothing where `found_inf` is set.
+What changes from step to step is in tensors that stay in their place, so that a recorded step can
+be replayed. Clipping and loss scaling cost no pass over the gradients: AdamW's kernels divide as
+they read them, and change nothing where a gradient was not finite.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Update:
         weights: what is updated.
         precision: whether the loss is scaled.
         device: of the weights.
+        fused: rounding and averaging the weights is part of AdamW's pass over them
+            (`train.fused.adamw`).
 
     Attributes:
         average: of the weights, once it has started.
@@ -44,16 +47,16 @@ class Update:
         weights: MasterWeights,
         precision: Precision,
         device: torch.device,
+        *,
+        fused: bool = False,
     ) -> None:
-        self._config, self._weights = config, weights
-        self.optimizer: Any = torch.optim.AdamW(
-            list(weights.tensors.values()),
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._config, self._weights, self.is_fused = config, weights, fused
+        self.optimizer: Any = _build_optimizer(config, weights, device, fused=fused)
         self.average: WeightAverage | None = None
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        # What torch's kernels read: on a CPU they take a number of double precision.
+        lr_dtype = torch.float64 if device.type == "cpu" and not fused else torch.float32
+        self._learning_rate = torch.zeros((), dtype=lr_dtype, device=device)
         self.broken_step = torch.full((), -1, device=device)
         self._scales_loss = precision.scales_loss
         self.loss_scale = torch.full((), _FIRST_SCALE, device=device)
@@ -74,31 +77,79 @@ class Update:
         Returns:
             the gradients' norm before clipping, and whether the update was left out.
         """
-        grad_norm, left_out = self.update_weights(step, loss, accumulated=accumulated)
-        self.move_average(step + 1)
-        return grad_norm, left_out
+        self.begin(step)
+        moves = self.moves_average(step)
+        found = self.advance(loss, accumulated=accumulated, moves_average=moves)
+        self.end(step)
+        return found
+
+    def begin(self, step: int) -> None:
+        """Tell the device which step is coming, and its learning rate."""
+        self._step.fill_(step)
+        self._learning_rate.fill_(self._config.learning_rate_at(step))
 
     @torch.no_grad()
-    def update_weights(
-        self, step: int, loss: Tensor, *, accumulated: bool
+    def advance(
+        self, loss: Tensor, *, accumulated: bool, moves_average: bool
     ) -> tuple[Tensor, Tensor]:
-        """The same without the average."""
-        gradients = self._weights.collect_gradients(accumulated=accumulated)
+        """All of an update that is the device's work; see `apply`.
+
+        Args:
+            loss: as there.
+            accumulated: as there.
+            moves_average: towards the updated weights.
+        """
+        gradients = self._weights.collect_gradients(
+            accumulated=accumulated, in_float32=not self.is_fused
+        )
         scaled_norm = self._weights.norm_of(gradients)
         is_finite = scaled_norm.isfinite()
         grad_norm = scaled_norm / self.loss_scale if self._scales_loss else scaled_norm
-        self._note_broken(step, is_finite, loss)
+        self._note_broken(is_finite, loss)
         left_out = ~is_finite | (self.broken_step >= 0) if not self._scales_loss else ~is_finite
-        self.optimizer.found_inf = left_out.float()
-        self.optimizer.grad_scale = self._divisor(grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._config.learning_rate_at(step)
-        self.optimizer.step()
-        self._weights.publish()
-        self._weights.clear_gradients()
+        average = self.average if moves_average else None
+        divisor = self._divisor(grad_norm)
+        if self.is_fused:
+            self._pass_once(gradients, divisor, left_out.float(), average)
+        else:
+            self._pass_by_pass(gradients, divisor, left_out.float(), average)
         if self._scales_loss:
             self._adapt_scale(is_finite)
         return grad_norm, left_out
+
+    def _pass_once(
+        self,
+        gradients: list[Tensor],
+        divisor: Tensor,
+        left_out: Tensor,
+        average: WeightAverage | None,
+    ) -> None:
+        self.optimizer.update(
+            gradients,
+            learning_rate=self._learning_rate,
+            divisor=divisor,
+            left_out=left_out,
+            averages=list(average.weights.values()) if average else None,
+            average_weight=1 - average.decay if average else 0.0,
+        )
+
+    def _pass_by_pass(
+        self,
+        gradients: list[Tensor],
+        divisor: Tensor,
+        left_out: Tensor,
+        average: WeightAverage | None,
+    ) -> None:
+        (group,) = self.optimizer.param_groups
+        group["lr"] = self._learning_rate  # each time: whoever restores a state has copied it
+        self.optimizer.grad_scale, self.optimizer.found_inf = divisor, left_out
+        for master, gradient in zip(group["params"], gradients, strict=True):
+            master.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._weights.publish()
+        if average:
+            average.update()
 
     def _divisor(self, grad_norm: Tensor) -> Tensor:
         """What the gradients are divided by: the loss scale, and what they exceed the limit by."""
@@ -106,29 +157,29 @@ class Update:
         excess = (grad_norm / limit).clamp(min=1.0) if limit else torch.ones_like(grad_norm)
         return excess * self.loss_scale if self._scales_loss else excess
 
-    def _note_broken(self, step: int, is_finite: Tensor, loss: Tensor) -> None:
+    def _note_broken(self, is_finite: Tensor, loss: Tensor) -> None:
         broken = ~is_finite
         if self._scales_loss:
             broken = (broken & (self.loss_scale <= _MIN_SCALE)) | ~loss.isfinite()
         first = broken & (self.broken_step < 0)
-        self.broken_step = torch.where(first, step, self.broken_step)
+        self.broken_step.copy_(torch.where(first, self._step, self.broken_step))
 
     def _adapt_scale(self, is_finite: Tensor) -> None:
         """Halve after an overflow, double after 2,000 steps without one."""
         good_steps = (self.good_steps + 1) * is_finite
         grows = good_steps >= _GROWTH_STEPS
         factor = torch.where(is_finite, torch.where(grows, 2.0, 1.0), 0.5)
-        self.loss_scale = (self.loss_scale * factor).clamp(min=_MIN_SCALE)
-        self.good_steps = good_steps * ~grows
+        self.loss_scale.copy_((self.loss_scale * factor).clamp(min=_MIN_SCALE))
+        self.good_steps.copy_(good_steps * ~grows)
 
-    @torch.no_grad()
-    def move_average(self, steps_done: int) -> None:
-        """Start the average, or move it, where that is due after so many updates."""
-        if self.average is None:
-            if self.has_average(steps_done):
-                self.average = self.start_average()
-        elif steps_done % self._config.ema_every == 0:
-            self.average.update()
+    def moves_average(self, step: int) -> bool:
+        """Whether an average that has started moves in this step."""
+        return self.average is not None and (step + 1) % self._config.ema_every == 0
+
+    def end(self, step: int) -> None:
+        """Start the average where that is due after this step."""
+        if self.average is None and self.has_average(step + 1):
+            self.average = self.start_average()
 
     def has_average(self, steps_done: int) -> bool:
         """Whether the weights are averaged once so many updates are done."""
@@ -137,3 +188,19 @@ class Update:
     def start_average(self) -> WeightAverage:
         """An average that begins as a copy of the weights."""
         return WeightAverage(self._weights.tensors, self._config.ema_decay**self._config.ema_every)
+
+
+def _build_optimizer(
+    config: TrainConfig, weights: MasterWeights, device: torch.device, *, fused: bool
+) -> Any:
+    masters = list(weights.tensors.values())
+    options: dict[str, Any] = {
+        "betas": config.adam_betas,
+        "eps": config.adam_eps,
+        "weight_decay": config.weight_decay,
+    }
+    if fused:
+        from train.fused.adamw import FusedAdamW
+
+        return FusedAdamW(masters, published=weights.published, **options)
+    return torch.optim.AdamW(masters, fused=True, capturable=device.type == "cuda", **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Validation:
         """
         figures = self._figures(trainer, _NAMES[0])
         if trainer.model.average is not None and trainer.config.sharding == "off":
-            with _swapped(trainer.model.loss_module.unet, trainer.model.average.weights):
+            with _swapped(trainer.model.weights.in_module, trainer.model.average.weights):
                 figures |= self._figures(trainer, _NAMES[1])
         losses = [f"{name} {figures[name]:.4f}" for name in _NAMES if name in figures]
         trainer.accelerator.print(f"step {trainer.step} | {' | '.join(losses)}")
@@ -166,15 +166,15 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _swapped(unet: Any, weights: dict[str, Tensor]) -> Iterator[None]:
+def _swapped(own: dict[str, Tensor], weights: dict[str, Tensor]) -> Iterator[None]:
     """Other weights in the place of a U-Net's own.
 
-    Copied in and out: another set of tensors would make compiled code compile once more.
+    Copied in and out: another set of tensors would make compiled code compile once more, and a
+    recorded step would not know of it.
     """
-    parameters = {name: parameter.detach() for name, parameter in unet.named_parameters()}
-    kept = [parameter.clone() for parameter in parameters.values()]
+    kept = [weight.clone() for weight in own.values()]
     try:
-        torch._foreach_copy_(list(parameters.values()), [weights[name] for name in parameters])
+        torch._foreach_copy_(list(own.values()), [weights[name] for name in own])
         yield
     finally:
-        torch._foreach_copy_(list(parameters.values()), kept)
+        torch._foreach_copy_(list(own.values()), kept)

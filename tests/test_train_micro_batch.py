@@ -1,0 +1,49 @@
+"""Rows of a forward pass: as many as fit, and always a divisor of a process's share."""
+
+import pytest
+
+from train.micro_batch import choose_micro_batch
+from train.presets import PRESETS
+
+GIB = 2**30
+
+
+def peak_bytes(rows: int) -> int:
+    """15 GiB of weights and optimizer, and half a GiB for each row."""
+    return 15 * GIB + rows * GIB // 2
+
+
+@pytest.mark.parametrize(
+    ("share", "total_gib", "rows"),
+    [
+        (2048, 139, 128),  # 85% of 139 GiB hold 206 rows
+        (2048, 80, 64),  # 106 rows
+        (2048, 24, 8),  # 10 rows
+        (96, 139, 96),  # all of it
+        (210, 80, 105),
+        (7, 24, 7),
+        (11, 24, 1),  # a prime above what fits
+        (2048, 16, 1),  # not even one: then that is what runs out of memory, and says so
+    ],
+)
+def test_auto_takes_the_largest_divisor_that_fits(share, total_gib, rows):
+    assert choose_micro_batch("auto", share, peak_bytes, total_gib * GIB) == rows
+
+
+def test_what_does_not_grow_with_the_rows_is_no_division_by_zero():
+    assert choose_micro_batch("auto", 64, lambda rows: GIB, 8 * GIB) == 64
+
+
+@pytest.mark.parametrize(("share", "rows"), [(2048, 16), (32, 16), (24, 12), (5, 5), (17, 1)])
+def test_auto_is_at_most_sixteen_where_memory_cannot_be_measured(share, rows):
+    assert choose_micro_batch("auto", share) == rows
+
+
+@pytest.mark.parametrize(("requested", "rows"), [(0, 32), (8, 8), (32, 32)])
+def test_a_number_is_taken_as_it_is(requested, rows):
+    assert choose_micro_batch(requested, 32) == rows
+
+
+def test_the_presets_of_real_models_fill_the_memory():
+    sizes = {name: config.micro_batch_size for name, config in PRESETS.items()}
+    assert {name for name, size in sizes.items() if size == "auto"} == {*PRESETS} - {"tiny"}

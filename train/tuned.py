@@ -1,0 +1,71 @@
+"""What the ladder of the training step found on a device: which switches did not pay there.
+
+`python -m benchmarks train-step --ladder` writes it, once it has measured on a GPU; every later run
+of the same U-Net, resolution and torch on such a device leaves off what cost time or failed, where
+its switch is `auto`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards.canonical import canonical_json
+from shards.errors import UserError
+from shards.storage import write_text_whole
+from train.config import TrainConfig
+
+_FORMAT = 1
+
+
+def tuned_path(config: TrainConfig, device: torch.device) -> Path:
+    """The file for a run's U-Net and resolution on a GPU: in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    gpu = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    release = torch.__version__.partition("+")[0]
+    unet = Path(config.unet).stem
+    return cache / "latentmill" / "step" / f"{gpu}_{unet}-{config.resolution}_torch-{release}.json"
+
+
+def read_tuned(config: TrainConfig, device: torch.device) -> dict[str, str]:
+    """Why a switch is to stay off, by its name; empty where nothing was measured.
+
+    Raises:
+        UserError: the file is not what `write_tuned` writes.
+    """
+    if device.type != "cuda":
+        return {}
+    path = tuned_path(config, device)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        off: dict[str, Any] = document["off"] if document["format"] == _FORMAT else {}
+        return {str(name): str(reason) for name, reason in off.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            path,
+            f"not what the ladder writes ({type(error).__name__}: {error})",
+            remedy="delete it, or run python -m benchmarks train-step --ladder again",
+        ) from None
+
+
+def write_tuned(config: TrainConfig, device: torch.device, off: dict[str, str]) -> Path:
+    """Keep what was found for the runs to come; replaces what was found before.
+
+    Args:
+        config: of the run that was measured.
+        device: that it ran on.
+        off: why, by the name of the switch.
+
+    Returns:
+        where.
+    """
+    path = tuned_path(config, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_whole(path, canonical_json({"format": _FORMAT, "off": off}))
+    return path
