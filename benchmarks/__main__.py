@@ -32,6 +32,7 @@ _COMMANDS = {
     "loader": ("loader", "LoaderConfig"),
     "order": ("order", "OrderConfig"),
     "flops": ("flops_table", "FlopsConfig"),
+    "traffic": ("train_step.traffic", "TrafficConfig"),
     "env": ("environment.environment", "EnvConfig"),
     "plan": ("planner.plan", "PlanConfig"),
     "report": ("report.report", "ReportConfig"),
