@@ -14,7 +14,7 @@ def peak_bytes(rows: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("share", "total_gib", "rows"),
+    ("share", "available_gib", "rows"),
     [
         (2048, 139, 128),  # 85% of 139 GiB hold 206 rows
         (2048, 80, 64),  # 106 rows
@@ -26,8 +26,8 @@ def peak_bytes(rows: int) -> int:
         (2048, 16, 1),  # not even one: then that is what runs out of memory, and says so
     ],
 )
-def test_auto_takes_the_largest_divisor_that_fits(share, total_gib, rows):
-    assert choose_micro_batch("auto", share, peak_bytes, total_gib * GIB) == rows
+def test_auto_takes_the_largest_divisor_that_fits(share, available_gib, rows):
+    assert choose_micro_batch("auto", share, peak_bytes, available_gib * GIB) == rows
 
 
 def test_what_does_not_grow_with_the_rows_is_no_division_by_zero():

@@ -22,7 +22,7 @@ def choose_micro_batch(
     requested: int | Literal["auto"],
     share: int,
     peak_bytes: PeakBytes | None = None,
-    total_bytes: int = 0,
+    available_bytes: int = 0,
 ) -> int:
     """Rows per forward pass: a divisor of a process's share.
 
@@ -33,14 +33,14 @@ def choose_micro_batch(
         share: rows of a step on one process.
         peak_bytes: what the device holds at most while so many rows go forward and backward, and
             the weights are updated; None where that cannot be measured.
-        total_bytes: of the device.
+        available_bytes: on the device, to this process.
 
     Raises:
         UserError: the rows asked for do not divide the share; names the nearest sizes that do.
     """
     divisors = [size for size in range(1, share + 1) if share % size == 0]
     if requested == "auto":
-        limit = _rows_that_fit(peak_bytes, total_bytes) if peak_bytes else _WITHOUT_MEASURE
+        limit = _rows_that_fit(peak_bytes, available_bytes) if peak_bytes else _WITHOUT_MEASURE
         return max(size for size in divisors if size <= max(1, limit))
     if requested and share % requested:
         nearest = sorted(sorted(divisors, key=lambda size: abs(size - requested))[:2])
@@ -86,9 +86,9 @@ def peak_bytes_on_gpu(
     return peak
 
 
-def _rows_that_fit(peak_bytes: PeakBytes, total_bytes: int) -> int:
+def _rows_that_fit(peak_bytes: PeakBytes, available_bytes: int) -> int:
     few, more = _TRIED
     first, second = peak_bytes(few), peak_bytes(more)
     bytes_per_row = max(1, second - first) / (more - few)
     fixed = first - few * bytes_per_row
-    return int((_USABLE_FRAC * total_bytes - fixed) / bytes_per_row)
+    return int((_USABLE_FRAC * available_bytes - fixed) / bytes_per_row)

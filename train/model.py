@@ -122,8 +122,9 @@ class Model:
         text_shape = batches.null_states.shape
         peak = partial(peak_bytes_on_gpu, self.loss_module, batches.latent_shape, text_shape)
         to_come = self._bytes_to_come()
-        _, total_bytes = torch.cuda.mem_get_info(device)
-        size = choose_micro_batch("auto", share, lambda rows: peak(rows) + to_come, total_bytes)
+        free_bytes, _ = torch.cuda.mem_get_info(device)  # another process may have some of it
+        usable_bytes = free_bytes + torch.cuda.memory_reserved(device)
+        size = choose_micro_batch("auto", share, lambda rows: peak(rows) + to_come, usable_bytes)
         sizes: Tensor = self._accelerator.gather(torch.tensor([size], device=device))
         return int(sizes.min())
 
