@@ -3,9 +3,9 @@
 Commands: `train-step` (the U-Net trainer's speed, beside the plain diffusers loop), `scaling` (on
 several processes), `precompute` (stage 1 against a naive one), `loader` (our reader of latent
 shards against other loaders), `order` (open and seek in 400 million samples), `flops` (counted, of
-the real configurations), `traffic` (bytes that the U-Net's step moves, counted as well), `env` (what
-this machine is and reaches), `plan` (time, bytes and money before the job), `report` (runs and
-results as one page). See `python -m benchmarks loader --help`.
+the real configurations), `traffic` (bytes that the U-Net's step moves, counted as well), `env`
+(what this machine is and reaches), `plan` (time, bytes and money before the job), `report` (runs
+and results as one page). See `python -m benchmarks loader --help`.
 
 A benchmark's last line is its result as one JSON document, which it also writes to
 benchmarks/results.

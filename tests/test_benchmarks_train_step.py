@@ -9,6 +9,7 @@ import math
 import subprocess
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,15 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.result import gpu_state
 from benchmarks.train_step import train_step
-from benchmarks.train_step.case import Case, Timing, Visit, build_trainer, is_out_of_memory
+from benchmarks.train_step.case import (
+    SWITCHES,
+    Case,
+    Timing,
+    Visit,
+    build_trainer,
+    is_out_of_memory,
+    open_arm,
+)
 from benchmarks.train_step.data import columns_for, write_latents
 from benchmarks.train_step.train_step import (
     Sweep,
@@ -133,6 +142,27 @@ def test_a_visit_times_every_block_by_the_loops_own_figures(latents, tmp_path):
         assert block["perf/peak_mem_gib"] > 0
     assert not (tmp_path / "checkpoints").exists()
     assert found.attention.startswith("sdpa ")
+    assert found.plan["channels_last"] is True
+    assert found.plan["cuda_graph"] is torch.cuda.is_available()
+
+
+def test_a_case_turns_the_trainers_switches_on_and_off_and_names_those_it_does_not_leave_to_it(
+    tmp_path,
+):
+    case = replace(CASE, channels_last="off", batched_projections="on")
+    config = case.train_config(tmp_path, tmp_path, 3)
+    assert {name: getattr(config, name) for name in SWITCHES} == case.switches()
+    assert str(CASE).endswith("EMA on")
+    assert str(case).endswith("EMA on, channels_last off, batched_projections on")
+
+
+def test_an_arm_with_a_search_for_convolutions_leaves_none_to_the_next(latents, tmp_path):
+    arm = open_arm(CASE, latents, tmp_path, 9)
+    with closing(arm):
+        arm.device = torch.device("cuda")  # the switch is of the process: each arm sets its own
+        torch.backends.cudnn.benchmark = True
+        arm.run(1)
+        assert torch.backends.cudnn.benchmark is False
 
 
 def test_a_loss_that_is_not_finite_is_a_row_with_its_reason(tmp_path, monkeypatch, capsys):
@@ -225,6 +255,7 @@ class FakeRuns:
         return Visit(
             device="cuda",
             attention="flash",
+            plan={},
             setup_sec=1.0,
             blocks=[figures] * timing.blocks,
             flops_per_image=1,
@@ -504,6 +535,14 @@ def test_the_command_prints_rows_as_they_come_and_ends_with_one_json_line(
     assert result["environment"]["versions"]["torch"] == torch.__version__
     assert " train-step " in result["environment"]["command"]
     assert list(scratch.iterdir()) == []
+
+
+def test_the_fastest_of_our_rows_is_profiled(tmp_path, capsys):
+    result = measure(replace(SHORT, profile=True, scratch=str(tmp_path)))
+    assert result["profile"]["rung"].startswith("tiny, latentmill, batch 2")
+    assert sum(row["share_frac"] for row in result["profile"]["kinds"]) == pytest.approx(1.0)
+    print_table(result)
+    assert "convolution backward" in capsys.readouterr().out
 
 
 def test_a_preset_that_is_unknown_is_one_line(capsys):

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
-import json
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.result import gpu_state
 from shards.column import Json
 from shards.stop import StopOnSignal
-from train.config import AttentionChoice, Precision, TrainConfig
+from train.config import AttentionChoice, CompileMode, Precision, Switch, TrainConfig
 from train.main import open_columns, open_latents
-from train.metrics import read_metrics
 from train.presets import preset
 
 if TYPE_CHECKING:
+    from benchmarks.train_step.arm import Arm
     from train.trainer import Trainer
 
-CompileMode = Literal["off", "regional", "full"]
-Switch = Literal["on", "off"]
+Toggle = Literal["on", "off"]
 Loop = Literal["latentmill", "diffusers", "diffusers+channels-last", "diffusers+xformers"]
 
-_EMA_DECAY = 0.9999  # for presets that keep no average
+SWITCHES = (
+    *("channels_last", "fused_update", "fused_norms", "fused_geglu"),
+    *("batched_projections", "conv_search", "cuda_graph"),
+)
+ALL_OFF: dict[str, Any] = dict.fromkeys(SWITCHES, "off")
 GPU_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu")
+_EMA_DECAY = 0.9999  # for presets that keep no average
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is varied; everything else is the preset's."""
+    """What is varied; everything else is the preset's.
+
+    The trainer's switches are left to the trainer unless they are what is varied: what they came to
+    is found with each visit.
+    """
 
     preset: str
     loop: Loop
@@ -40,13 +46,25 @@ class Case:
     attention: AttentionChoice
     precision: Precision
     compile: CompileMode
-    ema: Switch
+    ema: Toggle
+    channels_last: Switch = "auto"
+    fused_update: Switch = "auto"
+    fused_norms: Switch = "auto"
+    fused_geglu: Switch = "auto"
+    batched_projections: Switch = "auto"
+    conv_search: Switch = "auto"
+    cuda_graph: Switch = "auto"
 
     def __str__(self) -> str:
+        chosen = [f", {name} {value}" for name, value in self.switches().items() if value != "auto"]
         return (
             f"{self.preset}, {self.loop}, batch {self.micro_batch}, attention {self.attention}, "
-            f"precision {self.precision}, compile {self.compile}, EMA {self.ema}"
+            f"precision {self.precision}, compile {self.compile}, EMA {self.ema}{''.join(chosen)}"
         )
+
+    def switches(self) -> dict[str, Any]:
+        """The trainer's, beside attention, precision and compiling."""
+        return {name: getattr(self, name) for name in SWITCHES}
 
     def train_config(self, data: Path, run_dir: Path, num_steps: int) -> TrainConfig:
         """A run that only trains, one forward pass per step: each call of `Trainer.run` logs once.
@@ -71,6 +89,7 @@ class Case:
             attention=self.attention,
             mixed_precision=self.precision,
             compile=self.compile,
+            **self.switches(),
             ema_decay=(config.ema_decay or _EMA_DECAY) if self.ema == "on" else 0.0,
             ema_start_step=0,
             log_every=num_steps + 1,
@@ -100,6 +119,7 @@ class Visit:
     Args:
         device: cuda or cpu.
         attention: the kernels that ran.
+        plan: what the trainer's switches came to; empty for the plain loop.
         setup_sec: building, choosing kernels, compiling, warming up.
         blocks: rows of metrics as the trainer writes them, one for each timed block. Peak memory
             counts from the start of the visit; on a CPU it is that of the whole process so far.
@@ -110,6 +130,7 @@ class Visit:
 
     device: str
     attention: str
+    plan: Json
     setup_sec: float
     blocks: list[dict[str, float]]
     flops_per_image: int
@@ -130,6 +151,29 @@ def build_trainer(config: TrainConfig) -> Trainer:
     return Trainer(config, source.batches, accelerator, signals=signals)
 
 
+def open_arm(case: Case, data: Path, run_dir: Path, num_steps: int) -> Arm:
+    """A case, built and ready to run; to be closed.
+
+    Args:
+        case: what to run.
+        data: latent dataset.
+        run_dir: a new folder for metrics.jsonl.
+        num_steps: that it will run at most.
+
+    Raises:
+        UserError: it does not run here.
+        RuntimeError: among others, see `is_out_of_memory`: it does not fit.
+    """
+    if case.loop == "latentmill":
+        from benchmarks.train_step.arm import TrainerArm
+
+        return TrainerArm(case, data, run_dir, num_steps)
+
+    from benchmarks.train_step.baseline import PlainArm
+
+    return PlainArm(case, data, run_dir, num_steps)
+
+
 def visit(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
     """Build, warm up and time one case; at the end of a timed block the host waits for the device.
 
@@ -143,39 +187,20 @@ def visit(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
         UserError: it does not run here, or its loss is not finite.
         RuntimeError: among others, see `is_out_of_memory`: it does not fit.
     """
-    if case.loop == "latentmill":
-        return _visit_trainer(case, data, run_dir, timing)
-
-    from benchmarks.train_step.baseline import visit_baseline
-
-    return visit_baseline(case, data, run_dir, timing)
-
-
-def _visit_trainer(case: Case, data: Path, run_dir: Path, timing: Timing) -> Visit:
-    from train.compilation import compile_errors
-
     began = time.perf_counter()
-    with contextlib.ExitStack() as held:
-        held.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        trainer = build_trainer(case.train_config(data, run_dir, timing.num_steps))
-        held.callback(trainer.close)
-        held.enter_context(compile_errors())
-        trainer.run(timing.warmup)
+    with closing(open_arm(case, data, run_dir, timing.num_steps)) as arm:
+        arm.run(timing.warmup)
         setup_sec = time.perf_counter() - began
-        for until in range(timing.warmup, timing.num_steps, timing.steps):
-            trainer.run(until + timing.steps)
+        blocks = [arm.run(timing.steps) for _ in range(timing.blocks)]
         gpu = gpu_state(*GPU_FIELDS)
-    assert (trainer.model.average is not None) == (case.ema == "on")
-    _, *blocks = read_metrics(run_dir / "metrics.jsonl")  # the first row is the warm-up's
-    assert len(blocks) == timing.blocks
-    facts = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     return Visit(
-        device=trainer.device.type,
-        attention=trainer.model.attention,
+        device=arm.device.type,
+        attention=arm.attention,
+        plan=arm.plan,
         setup_sec=setup_sec,
         blocks=blocks,
-        flops_per_image=facts["flops_per_image"],
-        matmul_flops_per_sec=facts["matmul_flops_per_sec"],
+        flops_per_image=arm.flops_per_image,
+        matmul_flops_per_sec=arm.matmul_flops_per_sec,
         gpu=gpu,
     )
 
@@ -190,14 +215,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     )
 
 
-def release_memory() -> None:
+def release_memory(*, forget_graphs: bool = True) -> None:
     """Give back what a trainer left that is no longer referred to; the peak counts from here.
 
-    Compiled graphs go too: the compiler's limit of graphs per function counts those of all models.
+    Args:
+        forget_graphs: compiled graphs go too: the compiler's limit of graphs per function counts
+            those of all models. Models that are still to run would be compiled once more.
     """
     import torch
 
-    torch.compiler.reset()
+    if forget_graphs:
+        torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

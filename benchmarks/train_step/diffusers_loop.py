@@ -33,8 +33,9 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def accelerate_in(mixed_precision: str) -> Iterator[Accelerator]:
     """Accelerate with a precision of its own, which the example leaves to it and our trainer not.
 
-    A process has one state of Accelerate, and its precision cannot be changed. It is made anew, so
-    no accelerator from before is of use inside, nor this one afterwards.
+    A process has one state of Accelerate, and its precision cannot be changed. So it is made anew,
+    and put back afterwards. What an accelerator from before has prepared runs inside as well; it
+    must prepare nothing there, and this one nothing afterwards.
 
     Args:
         mixed_precision: `no`, `fp16` or `bf16`.
@@ -42,6 +43,7 @@ def accelerate_in(mixed_precision: str) -> Iterator[Accelerator]:
     Raises:
         UserError: Accelerate does not have it here.
     """
+    before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision)
@@ -51,6 +53,7 @@ def accelerate_in(mixed_precision: str) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         AcceleratorState._reset_state()
+        AcceleratorState._shared_state.update(before)
 
 
 def build_plain_unet(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.train_step.profile_table import print_profile
 from shards.column import Json
 
 _DATA_WAIT_AIM = 0.02
@@ -23,12 +24,19 @@ def line(row: Json) -> str:
     if row["not_measured"]:
         return f"{case}  {row['not_measured']}"
     speed, last = row["images_per_sec"], row["visits"][-1]
-    between = f"{_rate(speed['p10'])}-{_rate(speed['p90'])}"
+    between = f"{rate(speed['p10'])}-{rate(speed['p90'])}"
     return (
-        f"{case}{_rate(row['iters_per_sec']['median']):>8}{_rate(speed['median']):>8}{between:>16}"
+        f"{case}{rate(row['iters_per_sec']['median']):>8}{rate(speed['median']):>8}{between:>16}"
         f"{row['mfu']['median']:>7.1%}{row['peak_mem_gib']:>7.1f}"
-        f"{row['data_wait_frac']['median']:>7.1%}{last['setup_sec']:>9.1f}  {last['attention']}"
+        f"{row['data_wait_frac']['median']:>7.1%}{last['setup_sec']:>9.1f}  "
+        f"{last['attention']}{_switches(last['plan'])}"
     )
+
+
+def _switches(plan: Json) -> str:
+    """Those that the trainer has turned on: they depend on the device."""
+    names = [name for name, value in plan.items() if value is True]
+    return f"; {', '.join(names)}" if names else ""
 
 
 def print_table(document: dict[str, Any]) -> None:
@@ -47,6 +55,8 @@ def print_table(document: dict[str, Any]) -> None:
     _print_comparisons(document["comparisons"])
     for what in document["left_out"]:
         print(f"left out after {protocol['max_minutes']:g} minutes: {what}")
+    if document["profile"]:
+        print_profile(document["profile"])
 
 
 def _print_notes(document: dict[str, Any]) -> None:
@@ -82,8 +92,8 @@ def _print_ema_costs(costs: list[Json]) -> None:
             shown = title
         share = cost["cost_frac"]
         print(
-            f"{cost['micro_batch']:>6}{_rate(cost['ema_images_per_sec']['median']):>10}"
-            f"{_rate(cost['no_ema_images_per_sec']['median']):>10}{share['median']:>11.1%}"
+            f"{cost['micro_batch']:>6}{rate(cost['ema_images_per_sec']['median']):>10}"
+            f"{rate(cost['no_ema_images_per_sec']['median']):>10}{share['median']:>11.1%}"
             f"  {share['p10']:.1%} to {share['p90']:.1%}"
         )
 
@@ -100,12 +110,12 @@ def _print_comparisons(comparisons: list[Json]) -> None:
         for loop in ("latentmill", "diffusers"):
             best = found[loop]
             print(
-                f"{_rate(best['images_per_sec']['median']):>8} img/s: {best['loop']}, batch "
+                f"{rate(best['images_per_sec']['median']):>8} img/s: {best['loop']}, batch "
                 f"{best['micro_batch']}, {best['ran']}, precision {best['precision']}, compile "
                 f"{best['compile']}"
             )
 
 
-def _rate(per_sec: float) -> str:
+def rate(per_sec: float) -> str:
     """Of a laptop's large U-Net as of a GPU's tiny one."""
     return f"{per_sec:.1f}" if per_sec >= 10 else f"{per_sec:.3g}"

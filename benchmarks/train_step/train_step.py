@@ -6,6 +6,11 @@ EMA; then, at the largest that fits, one setting is varied at a time, or with `-
 them. What does not run here, or does not fit, is a row that says so. All rows are gone through in
 turns, as often as time allows. Before any time counts, both loops must train alike.
 
+`--ladder` turns on one switch of the trainer after another instead: `--preset sd2-base-512 --ladder
+--profile` is the whole of it. Each rung must compute what diffusers' U-Net computes in float32, or
+the exit status is 1, and is timed in turns with the rung before; one that does not pay is left out
+of those after it.
+
 The tables of micro-batches with and without EMA that others publish, and what xFormers does, come
 from `--presets sd2-base-512 --micro-batches 4 8 12 16 20 32 --attentions auto flash cudnn xformers
 --precisions bf16 bf16-weights --compiles off full`.
@@ -17,37 +22,36 @@ On a CPU, `--presets sd2-base-256 --loops latentmill --micro-batches 1 --emas of
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from benchmarks.result import result, spread
+from benchmarks.result import NOWHERE, output_file, publish, result, spread
+from benchmarks.train_step import ladder_table, table
 from benchmarks.train_step.case import (
     Case,
-    CompileMode,
-    Switch,
     Timing,
     Visit,
     is_out_of_memory,
+    open_arm,
     release_memory,
     visit,
 )
+from benchmarks.train_step.config import TrainStepConfig, check_config
 from benchmarks.train_step.data import columns_for, write_latents
 from benchmarks.train_step.parity import check_parity
-from benchmarks.train_step.plan import Family, count_cases, iter_cases
+from benchmarks.train_step.plan import count_cases, iter_cases
 from benchmarks.train_step.summary import compare_loops, ema_costs
 from benchmarks.train_step.table import HEADER, line
-from benchmarks.train_step.table import print_table as print_table
 from shards.column import Json
 from shards.errors import UserError
-from shards.order import DEFAULT_MAX_PARTITIONS
-from train.config import AttentionChoice, Precision
 from train.presets import preset
 
 OUT_OF_MEMORY = "out of memory"
 _SHARDS = 4
-_AXES = ("attentions", "precisions", "compiles", "emas")
+_LADDER = "train-step-ladder"
 _FIGURES = {
     "iters_per_sec": "perf/iters_per_sec",
     "images_per_sec": "perf/images_per_sec",
@@ -56,43 +60,15 @@ _FIGURES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainStepConfig:
-    """Measure the training step of the U-Net beside the plain diffusers loop's."""
-
-    presets: tuple[str, ...] = ("tiny",)
-    """Training presets: U-Net, resolution, objective, optimizer."""
-    loops: tuple[Family, ...] = ("latentmill", "diffusers")
-    """Our trainer; the plain text-to-image loop of diffusers, also channels-last and with xFormers,
-    in float32 or under autocast, in every micro-batch."""
-    micro_batches: tuple[int, ...] = (16, 32)
-    """Samples of a forward pass, and here of the whole step."""
-    attentions: tuple[AttentionChoice, ...] = ("auto",)
-    """Attention backends; auto is the one that the others are compared with."""
-    precisions: tuple[Precision, ...] = ("auto",)
-    """Precisions; the others are compared with bf16-weights, or with the first one."""
-    compiles: tuple[CompileMode, ...] = ("off",)
-    """torch.compile; its time counts as setup."""
-    emas: tuple[Switch, ...] = ("off", "on")
-    """With and without a moving average of the weights; every micro-batch is tried with each."""
-    product: bool = False
-    """Try every combination of all of these, and not one setting at a time around a base."""
-    steps: int = 10
-    """Steps of a timed block."""
-    warmup: int = 5
-    """Steps before the first timed block of a row; more than the reader runs ahead."""
-    blocks: int = 2
-    """Timed blocks of a row in each round."""
-    rounds: int = 3
-    """How often all rows are gone through."""
-    max_minutes: float = 10.0
-    """No row is begun that would probably end later; what is left out is said."""
-    num_samples: int = 1024
-    """Distinct samples; 223 kB each at 512 px with the states of SD 2."""
-    scratch: str = "data"
-    """Folder for a temporary folder, which is removed at the end."""
-    out: str = ""
-    """File of the result; default: its place in benchmarks/results; `-`: none."""
+def run(config: TrainStepConfig) -> None:
+    """Measure, print, write; exit status 1 if a rung of the ladder failed."""
+    if config.out not in ("", NOWHERE):
+        output_file(config.out)  # a mistake is told before anything takes time
+    document = measure(config)
+    print_table(document)
+    publish(document, config.out)
+    if document.get("failed"):
+        raise SystemExit(1)
 
 
 def measure(config: TrainStepConfig) -> dict[str, Any]:
@@ -104,40 +80,39 @@ def measure(config: TrainStepConfig) -> dict[str, Any]:
     import torch
 
     check_config(config)
+    config = config.with_micro_batches(on_gpu=torch.cuda.is_available())
     torch.set_flush_denormal(True)  # both as train/main.py sets them
     torch.set_float32_matmul_precision("high")
     Path(config.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.scratch, prefix="train-step-") as folder:
-        sweep = Sweep(config, Path(folder).resolve())
-        sweep.run()
+        scratch = Path(folder).resolve()
+        if not config.ladder:
+            return result("train-step", config, **_sweep(config, scratch))
+
+        from benchmarks.train_step.ladder import measure_ladder
+
+        figures = measure_ladder(config, scratch)
+    return result(_LADDER, config, variant=config.presets[0], **figures)
+
+
+def print_table(document: dict[str, Any]) -> None:
+    """The result for people."""
+    printer = ladder_table if document["theme"] == _LADDER else table
+    printer.print_table(document)
+
+
+def _sweep(config: TrainStepConfig, scratch: Path) -> Json:
+    sweep = Sweep(config, scratch)
+    sweep.run()
     rows = [row.to_json() for row in sweep.rows]
-    return result(
-        "train-step",
-        config,
-        loss_difference_frac=sweep.loss_difference_frac,
-        rows=rows,
-        comparisons=compare_loops(rows),
-        ema_costs=ema_costs(rows),
-        left_out=sweep.left_out,
-    )
-
-
-def check_config(config: TrainStepConfig) -> None:
-    """Refuse settings that make no row, before anything takes time."""
-    for name in ("presets", "loops", "micro_batches", *_AXES):
-        if not getattr(config, name):
-            raise UserError(f"--{name.replace('_', '-')}", "names nothing")
-    for name in ("steps", "warmup", "blocks", "rounds", "max_minutes"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}", f"{getattr(config, name)}")
-    if min(config.micro_batches) < 1:
-        raise UserError("--micro-batches", f"{min(config.micro_batches)}", wanted="at least 1")
-    if config.num_samples < DEFAULT_MAX_PARTITIONS:
-        raise UserError(
-            "--num-samples", f"{config.num_samples}", wanted=f"at least {DEFAULT_MAX_PARTITIONS}"
-        )
-    for name in config.presets:
-        preset(name)
+    return {
+        "loss_difference_frac": sweep.loss_difference_frac,
+        "rows": rows,
+        "comparisons": compare_loops(rows),
+        "ema_costs": ema_costs(rows),
+        "left_out": sweep.left_out,
+        "profile": sweep.profile() if config.profile else None,
+    }
 
 
 @dataclass
@@ -201,6 +176,23 @@ class Sweep:
                     f"{row.case}, round {number}", row.last_sec
                 ):
                     self._visit(row)
+
+    def profile(self) -> Json | None:
+        """Where the time of our fastest row goes; None where none of them ran."""
+        from benchmarks.train_step.step_profile import NUM_STEPS, profile_steps
+
+        ours = [row for row in self.rows if row.case.loop == "latentmill" and not row.reason]
+        best = max(ours, key=lambda row: row.to_json()["images_per_sec"]["median"], default=None)
+        if best is None:
+            return None
+        release_memory()
+        data, trace = self._data_for(best.case), self._config.trace
+        arm = open_arm(best.case, data, self._scratch / "run-profiled", 10 * self._timing.num_steps)
+        with closing(arm):
+            arm.run(self._timing.warmup)
+            path = Path(trace) if trace else self._scratch / "trace.json"
+            found = profile_steps(arm.run, NUM_STEPS, arm.device.type, path)
+        return {"rung": str(best.case), **found}
 
     def _announce(self) -> None:
         config = self._config
