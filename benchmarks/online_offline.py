@@ -30,7 +30,7 @@ from benchmarks.result import result, spread
 from precompute.model_folder import find_model
 from shards.dataset import Dataset
 from shards.errors import UserError
-from train.config import AttentionChoice, Precision, TrainConfig
+from train.config import AttentionChoice, CompileMode, Precision, TrainConfig
 from train.presets import preset
 
 # Samples of a step where the preset's own batch is one for hundreds of GPUs.
@@ -62,7 +62,7 @@ class BenchConfig:
     """As --mixed-precision of the trainer."""
     attention: AttentionChoice = "auto"
     """As the trainer's."""
-    compile: Literal["off", "regional", "full"] = "off"
+    compile: CompileMode = "auto"
     """As the trainer's; compiling counts as warm-up."""
     ema: Literal["on", "off"] = "on"
     """Keep a moving average of the weights, updated every step."""

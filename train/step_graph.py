@@ -59,15 +59,17 @@ class StepGraph:
         Args:
             variant: of the function; another one is recorded apart.
             function: whatever it reads and writes beside its inputs must stay in place.
-            inputs: of the same shapes and types in every call.
+            inputs: of other shapes or types they are recorded apart as well: encoders that run
+                along give float32 where shards hold float16.
         """
-        recording = self._recorded.get(variant)
+        key = (variant, *((tensor.shape, tensor.dtype) for tensor in inputs.values()))
+        recording = self._recorded.get(key)
         if recording is None:
-            self._runs[variant] = self._runs.get(variant, 0) + 1
-            if self._runs[variant] <= WARM_UP_STEPS:
+            self._runs[key] = self._runs.get(key, 0) + 1
+            if self._runs[key] <= WARM_UP_STEPS:
                 return self._recorder.run(lambda: function(**inputs))
             recording = _Recording(self._recorder, function, inputs)
-            self._recorded[variant] = recording
+            self._recorded[key] = recording
         return recording.replay(inputs)
 
 
@@ -80,9 +82,7 @@ class _Recording:
 
     def replay(self, inputs: dict[str, Tensor]) -> Outputs:
         for name, own in self._inputs.items():
-            given = inputs[name]
-            assert (own.shape, own.dtype) == (given.shape, given.dtype)
-            own.copy_(given, non_blocking=True)
+            own.copy_(inputs[name], non_blocking=True)
         self._replay()
         return self._outputs
 

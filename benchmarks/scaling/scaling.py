@@ -61,7 +61,7 @@ class ScalingConfig:
     """Of the training."""
     steps: int = 5
     """Steps of a timed block."""
-    warmup: int = 3
+    warmup: int = 6
     """Steps before the first timed block of a run."""
     blocks: int = 2
     """Timed blocks of a run."""
