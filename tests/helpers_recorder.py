@@ -18,10 +18,13 @@ class OperatorRecorder:
     """
 
     def __init__(self) -> None:
-        self.num_recordings = 0
+        self.num_recordings = self.num_forgotten = 0
 
     def run(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return function()
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
 
     def record(
         self, function: Callable[[], tuple[Tensor, ...]]

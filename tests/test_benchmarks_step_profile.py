@@ -61,9 +61,13 @@ def test_five_gaps_are_named_of_as_many_as_there_are():
     assert [gap["us"] for gap in found["largest"]] == [18.0, 17.0, 16.0, 15.0, 14.0]
 
 
-def test_without_a_kernel_there_is_no_timeline():
-    assert find_gaps([])["num_gaps"] == 0
+def test_a_single_kernel_leaves_no_gap():
     assert find_gaps([Span("only", 5.0, 2.0)])["busy_frac"] == 1.0
+
+
+def test_a_profiler_that_sees_no_kernel_gives_no_result():
+    with pytest.raises(RuntimeError, match="saw nothing"):
+        summarise([event("aten::mm", 0, 500, "cpu_op")], num_steps=2, device="cuda")
 
 
 # The sums -----------------------------------------------------------------------------------------

@@ -308,9 +308,12 @@ def test_a_gpus_time_is_the_median_of_warm_runs(monkeypatch):
             assert end.at == self.at + 1
             return 1000.0 if self.at < 3 else float(self.at)
 
+    naps: list[int] = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", naps.append)
     assert milliseconds_on_gpu(lambda: runs.append(0)) == 7.0
     assert len(runs) == 12
+    assert len(naps) == 9, "the host is ahead of the device in every run that is timed"
 
 
 @pytest.mark.parametrize(

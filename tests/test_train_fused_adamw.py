@@ -453,9 +453,9 @@ def test_a_captured_update_has_addresses_of_its_own(kernel, monkeypatch):
         tables.append(weakref.ref(table))  # who keeps it is the question
 
     monkeypatch.setattr(kernel, "update_chunks", {(1,): launch})
-    masters, gradients = [torch.zeros(4)], [[torch.ones(4)] for _ in range(5)]
+    masters, gradients = [torch.zeros(4)], [[torch.ones(4)] for _ in range(6)]
     optimizer = FusedAdamW(masters, **RECIPE, published=None)
-    is_captured = [False, True, False, True, False]
+    is_captured = [False, True, True, False, True, False]  # also two with none between
     for captured, gradient in zip(is_captured, gradients, strict=True):
         monkeypatch.setattr("train.fused.adamw._is_capturing", lambda _, now=captured: now)
         update(optimizer, gradient)

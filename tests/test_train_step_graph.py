@@ -60,6 +60,7 @@ def rows_of(trainer: Trainer) -> list[list[float]]:
         {},
         {"ema_decay": 0.9},
         {"ema_decay": 0.9, "ema_start_step": 5},
+        {"ema_decay": 0.9, "ema_every": 2},
         {"ema_decay": 0.9, "ema_every": 3},
         {"mixed_precision": "bf16-weights", "ema_decay": 0.9},
         {"mixed_precision": "bf16-weights", "micro_batch_size": 2},
@@ -84,6 +85,7 @@ def test_a_step_is_recorded_once_for_each_thing_that_an_average_does(tmp_path):
     trainer = run(tmp_path, recorded=True, ema_decay=0.9, ema_start_step=5)
     recorder = trainer.model.graph._recorder
     assert recorder.num_recordings == 2
+    assert recorder.num_forgotten == 2 * WARM_UP_STEPS, "the memory of one is wanted for the other"
     again = run(tmp_path / "none", recorded=True, until=WARM_UP_STEPS)
     assert again.model.graph._recorder.num_recordings == 0, "it warms up first"
 

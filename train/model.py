@@ -152,7 +152,6 @@ class Model:
         Returns:
             losses [B] of the samples, the gradient norm, and whether the update was left out.
         """
-        torch.backends.cudnn.benchmark = self.plan.conv_search  # other models may want it otherwise
         self.update.begin(step)
         moves_average = self.update.moves_average(step)
         function = partial(self._step, moves_average=moves_average)
@@ -185,6 +184,7 @@ class Model:
         Returns:
             losses [B] of the samples, and whether the gradients were summed up apart.
         """
+        torch.backends.cudnn.benchmark = self.plan.conv_search  # other models may want it otherwise
         starts = range(0, len(moments), self.micro_batch_size)
         accumulates = self.weights.accumulates(len(starts))
         losses = []

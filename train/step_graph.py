@@ -8,6 +8,7 @@ seed and step, and a dozen launches.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -28,6 +29,10 @@ class Recorder(Protocol):
 
     def run(self, function: Callable[[], Outputs]) -> Outputs:
         """Run a function as it is to be recorded later."""
+        ...
+
+    def forget(self) -> None:
+        """Give back what recordings hold; none of them is replayed again."""
         ...
 
     def record(self, function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
@@ -67,6 +72,8 @@ class StepGraph:
         if recording is None:
             self._runs[key] = self._runs.get(key, 0) + 1
             if self._runs[key] <= WARM_UP_STEPS:
+                self._recorded.clear()  # a step as it is needs the memory that they hold
+                self._recorder.forget()
                 return self._recorder.run(lambda: function(**inputs))
             recording = _Recording(self._recorder, function, inputs)
             self._recorded[key] = recording
@@ -110,6 +117,13 @@ class CudaRecorder:
             output.record_stream(current)
         return outputs
 
+    def forget(self) -> None:
+        """Memory comes back with the last graph; the next ones need a pool of their own."""
+        if self._graphs:
+            self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
+
     def record(self, function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """Other threads may use the device meanwhile: the reader pins memory.
 
@@ -120,13 +134,26 @@ class CudaRecorder:
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
+        current = torch.cuda.current_stream()
+        gc.collect()  # what is in a cycle holds memory that the recording may need
         try:
             with recording:
                 outputs = function()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            cause: BaseException = error
+            if isinstance(error.__context__, RuntimeError):  # this one is of ending the recording
+                cause = error.__context__
+                self._abandon(current)
+            reason = str(cause).partition("\n")[0]
             raise UserError("--cuda-graph", reason, remedy="--cuda-graph off") from error
         self._graphs.append(graph)
         return graph.replay, outputs
+
+    def _abandon(self, current: torch.cuda.Stream) -> None:
+        """Put right what torch leaves as it is where a recording cannot even be ended."""
+        torch.cuda.set_stream(current)
+        torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+        torch._C._cuda_releasePool(current.device_index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from benchmarks.train_step.case import ALL_OFF, Case, is_out_of_memory
 from benchmarks.train_step.same_function import (
     Reference,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 _SHOWN = 3
+_DEVICE_ERROR = getattr(torch, "AcceleratorError", ())  # older releases have no name for it
 
 
 class NotTheSameError(UserError):
@@ -73,8 +76,8 @@ class Checks:
         try:
             return compare(trainer, self._reference, poison=True)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            if is_out_of_memory(error) or isinstance(error, _DEVICE_ERROR):
+                raise  # the rung's own fault
             reason = next(iter(str(error).splitlines()), "")
             return {"poisoned": True, "not_run": reason, "problems": []}
 

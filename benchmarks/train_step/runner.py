@@ -125,12 +125,15 @@ class Runners:
 
     def close(self, *names: str) -> None:
         """Close those of these names that are alive, and give their memory back."""
-        for name in names:
-            if runner := self._alive.pop(name, None):
-                runner.arm.close()
+        self._drop(*names)  # apart: a variable that still holds one would keep its memory
         # Whoever is alive and compiled would be compiled once more.
         compiled = any(runner.arm.case.compile != "off" for runner in self._alive.values())
         release_memory(forget_graphs=not compiled)
+
+    def _drop(self, *names: str) -> None:
+        for name in names:
+            if runner := self._alive.pop(name, None):
+                runner.arm.close()
 
     def close_all(self) -> None:
         """The same with all of them."""

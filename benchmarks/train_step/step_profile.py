@@ -78,12 +78,17 @@ def summarise(events: Iterable[dict[str, Any]], num_steps: int, device: str) -> 
     Returns:
         time by `kinds` and of the `top` kernels; on a GPU also `timeline`, see `find_gaps`, and
         `launches_per_step` by the name of the call.
+
+    Raises:
+        RuntimeError: nothing ran on the device, or the profiler may not see it.
     """
     events = [event for event in events if event.get("ph") == "X"]
     if device == "cuda":
         spans = [_span(event) for event in events if event.get("cat") in _ON_DEVICE]
     else:
         spans = own_times([event for event in events if event.get("cat") == "cpu_op"])
+    if not spans:
+        raise RuntimeError(f"the profiler saw nothing that ran on {device}")
     document: Json = {"device": device, "num_steps": num_steps, **tally(spans, num_steps)}
     if device == "cuda":
         document["timeline"] = find_gaps(spans)
@@ -133,8 +138,6 @@ def find_gaps(spans: list[Span]) -> Json:
     Returns:
         `span_ms`, `busy_frac`, the gaps of more than 5 us by number and sum, and the `largest`.
     """
-    if not spans:
-        return {"span_ms": 0.0, "busy_frac": 0.0, "num_gaps": 0, "gaps_ms": 0.0, "largest": []}
     ordered = sorted(spans, key=lambda span: span.start_us)
     last, idle_us = ordered[0], 0.0
     gaps: list[Json] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from train.fused.triton_runtime import missing
 
 _STATE_BYTES = 3 * 2 * 4  # master, exp_avg, exp_avg_sq: float32, read and written
+_MAX_CAPTURES = 16  # between two updates that are not captured; 33 kB each for 686 weights
 
 
 def bytes_per_parameter(
@@ -224,7 +225,7 @@ class _AddressTable:
         self._device = device
         self._sent: list[list[int]] = []
         self._table = torch.empty(0)
-        self._spare: Tensor | None = None
+        self._spares: list[Tensor] = []
         self._captured: list[Tensor] = []
 
     def of(self, rows: list[list[Tensor] | None]) -> Tensor:
@@ -239,13 +240,13 @@ class _AddressTable:
             source = self._host_memory(addresses)
             self._table = source.to(self._device, non_blocking=True)
             self._sent = addresses
-        if self._spare is None:
-            self._spare = self._host_memory(addresses)
+        while len(self._spares) < _MAX_CAPTURES:
+            self._spares.append(self._host_memory(addresses))
         return self._table
 
     def _capture(self, addresses: list[list[int]]) -> Tensor:
-        source, self._spare = self._spare, None
-        assert source is not None, "an update must run before one is captured"
+        assert self._spares, "an update must run before one is captured"
+        source = self._spares.pop()
         source.copy_(torch.tensor(addresses))
         self._captured.append(source)
         return source.to(self._device, non_blocking=True)

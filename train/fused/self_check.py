@@ -58,7 +58,14 @@ def failure_of(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str 
             if not deviation <= tolerance:  # NaN is neither more nor less
                 shape = "x".join(map(str, found.shape))
                 return f"{name} ({shape}) is off by {deviation:.1e}, more than {tolerance:.1e}"
-    except (RuntimeError, OSError, subprocess.CalledProcessError, TritonError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        AssertionError,
+        subprocess.CalledProcessError,
+        TritonError,
+    ) as error:
+        # Triton asserts that the loader knows the driver's library.
         first_line = next(iter(str(error).splitlines()), "")
         return f"it does not run: {type(error).__name__}: {first_line}"
     return None
