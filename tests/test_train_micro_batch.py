@@ -1,6 +1,7 @@
 """Rows of a forward pass: as many as fit, and always a divisor of a process's share."""
 
 import pytest
+import torch
 
 from train.micro_batch import choose_micro_batch
 from train.presets import PRESETS
@@ -32,6 +33,26 @@ def test_auto_takes_the_largest_divisor_that_fits(share, available_gib, rows):
 
 def test_what_does_not_grow_with_the_rows_is_no_division_by_zero():
     assert choose_micro_batch("auto", 64, lambda rows: GIB, 8 * GIB) == 64
+
+
+@pytest.mark.parametrize(("most", "rows"), [(0, 1), (1, 1), (2, 2), (5, 2), (6, 8)])
+def test_a_trial_that_does_not_fit_says_how_few_do(most, rows):
+    def peak(size: int) -> int:
+        assert size <= 8, "no more than there are"
+        if size > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return peak_bytes(size)
+
+    assert choose_micro_batch("auto", 8, peak, 24 * GIB) == rows
+
+
+@pytest.mark.parametrize("share", [1, 2, 3, 5])
+def test_no_more_rows_are_tried_than_there_are(share):
+    def peak(size: int) -> int:
+        assert size <= share
+        return peak_bytes(size)
+
+    assert choose_micro_batch("auto", share, peak, 80 * GIB) == share
 
 
 @pytest.mark.parametrize(("share", "rows"), [(2048, 16), (32, 16), (24, 12), (5, 5), (17, 1)])

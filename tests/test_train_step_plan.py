@@ -1,18 +1,20 @@
 """Which switches are on, on which device, and that the log says why one is not."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers_train import MemoryBatches, small_config
+from helpers_train import MemoryBatches, small_config, write_unet
 
 from shards.errors import UserError
 from train import step_plan
 from train.config import TrainConfig
+from train.fused.triton_runtime import missing
 from train.precision import Precision, resolve_precision
-from train.step_plan import StepPlan, plan_step
+from train.step_plan import StepPlan, agreed, plan_step
 from train.trainer import Trainer, build_accelerator
-from train.tuned import write_tuned
+from train.tuned import tuned_path, write_tuned
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KERNELS = ("fused_update", "fused_norms", "fused_geglu")
@@ -116,7 +118,7 @@ def test_sharded_weights_are_compiled_by_block_and_projected_one_by_one(gpu):
 def test_what_the_ladder_found_slow_on_such_a_device_is_off_and_said(gpu):
     config = TrainConfig(unet="sd2-base", resolution=512)
     path = write_tuned(config, CUDA, {"fused_geglu": "0.97x in the ladder", "compile": "0.9x"})
-    assert "nvidia-h200_sd2-base-512" in path.name
+    assert path.name.startswith("nvidia-h200_sd2-base-")
     found = plan(CUDA, unet="sd2-base", resolution=512)
     assert on_in(found) == set(SWITCHES) - {"fused_geglu"}
     assert found.compile == "off"
@@ -132,9 +134,61 @@ def test_what_the_ladder_found_slow_on_such_a_device_is_off_and_said(gpu):
 def test_a_broken_file_of_the_ladder_is_named_with_its_remedy(gpu, text):
     path = write_tuned(TrainConfig(), CUDA, {})
     path.write_text(text)
-    with pytest.raises(UserError, match="--ladder") as raised:
+    with pytest.raises(UserError, match="Remedy: delete it") as raised:
         plan(CUDA)
     assert str(path) in str(raised.value)
+
+
+def test_a_home_that_cannot_be_read_has_nothing_to_say(gpu, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for home in (tmp_path / "file", Path("/proc/1/nowhere")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        assert on_in(plan(CUDA)) == set(SWITCHES)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert on_in(plan(CUDA)) == set(SWITCHES)
+
+
+def test_unets_of_one_name_are_told_apart(gpu, tmp_path):
+    paths = [
+        tuned_path(TrainConfig(unet=write_unet(tmp_path / name / "config.json", **changes)), CUDA)
+        for name, changes in (("a", {}), ("b", {"layers_per_block": 2}), ("c", {}))
+    ]
+    assert paths[0] != paths[1]
+    assert paths[0] == paths[2]
+
+
+def test_blocks_that_are_compiled_once_for_each_kind_are_not_batched(gpu):
+    found = plan(CUDA, compile="regional")
+    assert on_in(found) == set(SWITCHES) - {"batched_projections"}
+    assert "--compile full" in found.notes[0]
+    assert plan(CUDA, compile="regional", batched_projections="on").batched_projections
+
+
+def test_processes_compute_with_what_all_of_them_can_have(gpu):
+    whole = plan(CUDA)
+    gpu["norms"] = "off by 0.3"
+    poorer = replace(plan(CUDA), compile="off")
+    found = agreed([whole, whole, poorer])
+    assert on_in(found) == set(SWITCHES) - {"fused_norms"}
+    assert found.compile == "off"
+    assert found.notes == tuple(
+        f"{name} off: it is on another process" for name in ("fused_norms", "compile")
+    )
+    assert agreed([poorer, whole]) == poorer, "it has said why"
+    assert agreed([whole, whole]) == whole
+
+
+def test_an_interpreter_is_nothing_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert missing(CUDA) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" in missing(CUDA)
 
 
 def test_a_gpu_with_bfloat16_keeps_its_weights_in_it(monkeypatch):

@@ -125,6 +125,15 @@ def test_what_overflows_at_every_scale_is_broken():
     assert run.update.loss_scale.item() == 1.0
 
 
+def test_after_a_float16_loss_that_is_not_finite_nothing_changes():
+    run = Run("fp16")
+    run.apply(1.0)
+    before = run.numbers()
+    run.apply(float("nan"), loss=torch.tensor(float("nan")))
+    assert run.apply(1.0)[1], "the step after it must not go on from what was left out"
+    assert run.numbers() == before
+
+
 def test_a_float16_loss_that_is_not_finite_is_no_overflow():
     run = Run("fp16")
     run.apply(float("nan"), loss=torch.tensor(float("nan")))

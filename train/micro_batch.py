@@ -40,7 +40,9 @@ def choose_micro_batch(
     """
     divisors = [size for size in range(1, share + 1) if share % size == 0]
     if requested == "auto":
-        limit = _rows_that_fit(peak_bytes, available_bytes) if peak_bytes else _WITHOUT_MEASURE
+        limit = _WITHOUT_MEASURE
+        if peak_bytes:
+            limit = _rows_that_fit(share, peak_bytes, available_bytes)
         return max(size for size in divisors if size <= max(1, limit))
     if requested and share % requested:
         nearest = sorted(sorted(divisors, key=lambda size: abs(size - requested))[:2])
@@ -69,26 +71,36 @@ def peak_bytes_on_gpu(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     latents = torch.zeros(rows, *latent_shape, device=device)
-    losses = model.forward(  # past what `compile_model` may have put in front of it
-        latents,
-        torch.zeros(rows, *text_shape, device=device),
-        latents,
-        latents,
-        torch.zeros(rows, dtype=torch.int64, device=device),
-        torch.zeros(rows, dtype=torch.bool, device=device),
-    )
-    losses.mean().backward()
-    peak = torch.cuda.max_memory_allocated(device)
-    for parameter in model.parameters():
-        parameter.grad = None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    try:
+        losses = model.forward(  # past what `compile_model` may have put in front of it
+            latents,
+            torch.zeros(rows, *text_shape, device=device),
+            latents,
+            latents,
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.bool, device=device),
+        )
+        losses.mean().backward()
+        return torch.cuda.max_memory_allocated(device)
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def _rows_that_fit(peak_bytes: PeakBytes, available_bytes: int) -> int:
+def _rows_that_fit(share: int, peak_bytes: PeakBytes, available_bytes: int) -> int:
     few, more = _TRIED
-    first, second = peak_bytes(few), peak_bytes(more)
+    if share <= few:
+        return share
+    more = min(more, share)
+    sizes = [1]
+    try:
+        first = peak_bytes(few)
+        sizes.append(few)
+        second = peak_bytes(more)
+    except torch.OutOfMemoryError:
+        return sizes[-1]
     bytes_per_row = max(1, second - first) / (more - few)
     fixed = first - few * bytes_per_row
     return int((_USABLE_FRAC * available_bytes - fixed) / bytes_per_row)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object as gather_objects
 from torch import Tensor
 
 from shards.batch import BatchSource
@@ -29,7 +30,7 @@ from train.precision import resolve_precision
 from train.projections import Part, batch_projections
 from train.sharding import shard_unet
 from train.step_graph import CudaRecorder, Outputs, StepGraph
-from train.step_plan import StepPlan, plan_step
+from train.step_plan import StepPlan, agreed, plan_step
 from train.unet import build_unet, load_unet_config
 from train.update import Update
 
@@ -69,7 +70,8 @@ class Model:
         self.objective = Objective(config, device)
         null_states = torch.from_numpy(batches.null_states).to(device)
         self._latent_size = batches.latent_shape[-1]
-        self.plan = plan_step(config, precision, device, accelerator.num_processes)
+        plan = plan_step(config, precision, device, accelerator.num_processes)
+        self.plan = agreed([plan, *gather_objects([plan])])
         self.unet = self._build(config.seed).to(device)
         # diffusers' note to itself is in no order, and it leaves it out of its own files as well.
         noted = "_use_default_values"

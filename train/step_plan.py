@@ -5,6 +5,7 @@ None of them changes what is trained, but for rounding; so a run may go on with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ _KERNELS: dict[str, Literal["update", "norms", "geglu"]] = {
     "fused_norms": "norms",
     "fused_geglu": "geglu",
 }
+SWITCHES = ("channels_last", *_KERNELS, "batched_projections", "conv_search", "cuda_graph")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,7 @@ class StepPlan:
 
     def __str__(self) -> str:
         """As the log has it: `channels_last, fused_update`."""
-        switches = ("channels_last", *_KERNELS, "batched_projections", "conv_search", "cuda_graph")
-        return ", ".join(name for name in switches if getattr(self, name)) or "none"
+        return ", ".join(name for name in SWITCHES if getattr(self, name)) or "none"
 
 
 def plan_step(
@@ -65,11 +66,25 @@ def plan_step(
         num_processes: of the run.
     """
     mode, reason = resolve_compile(config, device)
-    resolver = _Resolver(config, precision, device, num_processes)
-    names = ("channels_last", *_KERNELS, "batched_projections", "conv_search", "cuda_graph")
-    switches = {name: resolver.is_on(name) for name in names}
+    resolver = _Resolver(config, precision, device, num_processes, mode)
+    switches = {name: resolver.is_on(name) for name in SWITCHES}
     notes = [*([f"compile off: {reason}"] if reason else []), *resolver.notes]
     return StepPlan(compile=mode, **switches, notes=tuple(notes))
+
+
+def agreed(plans: Sequence[StepPlan]) -> StepPlan:
+    """What all processes can have: they must compute alike, on whatever machine each is.
+
+    Args:
+        plans: of all processes, this one's first.
+    """
+    own, modes = plans[0], ("off", "regional", "full")
+    common = {name: all(getattr(plan, name) for plan in plans) for name in SWITCHES}
+    mode: Mode = min((plan.compile for plan in plans), key=modes.index)
+    lost = [name for name in SWITCHES if getattr(own, name) and not common[name]]
+    lost += ["compile"] if own.compile != mode else []
+    notes = [f"{name} off: it is on another process" for name in lost]
+    return StepPlan(compile=mode, **common, notes=(*own.notes, *notes))
 
 
 def resolve_compile(config: TrainConfig, device: torch.device) -> tuple[Mode, str | None]:
@@ -86,10 +101,15 @@ def resolve_compile(config: TrainConfig, device: torch.device) -> tuple[Mode, st
 
 class _Resolver:
     def __init__(
-        self, config: TrainConfig, precision: Precision, device: torch.device, num_processes: int
+        self,
+        config: TrainConfig,
+        precision: Precision,
+        device: torch.device,
+        num_processes: int,
+        mode: Mode,
     ) -> None:
         self._config, self._precision, self._device = config, precision, device
-        self._num_processes = num_processes
+        self._num_processes, self._mode = num_processes, mode
         self._is_sharded = config.sharding != "off"
         self._tuned = read_tuned(config, device)
         self.notes: list[str] = []
@@ -101,10 +121,16 @@ class _Resolver:
         is_wanted = choice == "on" or self._device.type == "cuda" or name == "channels_last"
         if not is_wanted:
             return False
-        reason = self._tuned.get(name) if choice == "auto" else None
+        reason = self._drawback(name) if choice == "auto" else None
         if reason := reason or self._obstacle(name):
             self.notes.append(f"{name} off: {reason}")
         return not reason
+
+    def _drawback(self, name: str) -> str | None:
+        """Why a switch is better left off here."""
+        if name == "batched_projections" and self._mode == "regional":
+            return "with it each block would be compiled for itself; --compile full is one graph"
+        return self._tuned.get(name)
 
     def _obstacle(self, name: str) -> str | None:
         """Why a switch cannot be on here."""

@@ -106,7 +106,7 @@ class Update:
         is_finite = scaled_norm.isfinite()
         grad_norm = scaled_norm / self.loss_scale if self._scales_loss else scaled_norm
         self._note_broken(is_finite, loss)
-        left_out = ~is_finite | (self.broken_step >= 0) if not self._scales_loss else ~is_finite
+        left_out = ~is_finite | (self.broken_step >= 0)
         average = self.average if moves_average else None
         divisor = self._divisor(grad_norm)
         if self.is_fused:

@@ -179,6 +179,13 @@ def _settings(config: Fields) -> list[Block]:
         if settings.find(name) not in (None, "")
     ]
     ran = [("attention that ran", config.text("attention", default=NOTHING))]
+    if isinstance(step := config.find("step"), dict):  # runs of before have none
+        on = [name for name, value in step.items() if value is True]
+        ran += [
+            ("compiled", str(step.get("compile"))),
+            ("switches that were on", ", ".join(on) or "none"),
+            ("micro-batch that ran", str(config.find("micro_batch_size"))),
+        ]
     everything = [(name, str(value)) for name, value in settings.data.items()]
     return [
         Facts(facts=facts + ran),

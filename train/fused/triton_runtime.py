@@ -22,7 +22,10 @@ def missing(device: torch.device) -> str | None:
     Returns:
         the reason, for the log; None where they can run.
     """
-    is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" and interprets:  # it would read the device's memory as the host's
+        return "TRITON_INTERPRET=1 interprets kernels on the CPU"
+    is_interpreted = device.type == "cpu" and interprets
     if device.type != "cuda" and not is_interpreted:
         return "no CUDA device"
     if importlib.util.find_spec("triton") is None:
