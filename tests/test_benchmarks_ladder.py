@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.train_step.config import TrainStepConfig
 from benchmarks.train_step.ladder import measure_ladder
 from benchmarks.train_step.ladder_table import print_table
 from benchmarks.train_step.remember import remember
-from benchmarks.train_step.rungs import RUNG_NAMES, base_case, list_rungs
+from benchmarks.train_step.rungs import RUNG_NAMES, base_case, list_rungs, plain_case
 from shards.column import Json
 from shards.errors import UserError
 from train.config import TrainConfig
@@ -42,8 +43,9 @@ Speed = Callable[[Case], float]
 class FakeArm:
     """Runs at a speed that depends on its case; see `FakeMachine`."""
 
-    def __init__(self, machine: FakeMachine, case: Case) -> None:
-        self._machine, self.case, self.trainer = machine, case, SimpleNamespace(case=case)
+    def __init__(self, machine: FakeMachine, case: Case, *, is_apart: bool) -> None:
+        self._machine, self.case, self.is_apart = machine, case, is_apart
+        self.trainer = SimpleNamespace(case=case)
         self.device, self.attention = torch.device("cpu"), "flash"
         self.plan: Json = {"notes": ()}
         self.flops_per_image, self.matmul_flops_per_sec = 1, 1000.0
@@ -52,6 +54,8 @@ class FakeArm:
         machine = self._machine
         machine.now += num_steps
         machine.ran.append(self.case)
+        if self.is_apart:
+            machine.ran_apart.append(self.case)
         if machine.room < sum(arm.case.micro_batch for arm in machine.alive):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if error := machine.breaks(self.case):
@@ -83,22 +87,25 @@ class FakeMachine:
         self.now, self.room = 0.0, 1000
         self.alive: list[FakeArm] = []
         self.ran: list[Case] = []
+        self.ran_apart: list[Case] = []
         self.most_alive = 0
         self.speed: Speed = lambda case: 10.0
         self.breaks: Callable[[Case], Exception | None] = lambda case: None
         self.refuses: Callable[[Case], str] = lambda case: ""
         self.noise = [1.0]
         self.setup_sec: Callable[[Case], float] = lambda case: 0.0
-        monkeypatch.setattr(runner, "open_arm", self._open)
+        monkeypatch.setattr(runner, "open_arm", partial(self._open, is_apart=False))
+        monkeypatch.setattr(runner, "RemoteArm", partial(self._open, is_apart=True))
+        monkeypatch.setattr(ladder, "base_conv_search", lambda: "on")
         monkeypatch.setattr(runner, "release_memory", lambda **_: None)
         monkeypatch.setattr(ladder, "monotonic", lambda: self.now)
         monkeypatch.setattr(ladder, "write_latents", lambda path, *_: path)
         monkeypatch.setattr(ladder, "obstacle", lambda rung, case: "")
         monkeypatch.setattr(ladder, "Checks", lambda *_: self)
 
-    def _open(self, case: Case, *_: Any) -> FakeArm:
+    def _open(self, case: Case, *_: Any, is_apart: bool) -> FakeArm:
         self.now += self.setup_sec(case)
-        self.alive.append(arm := FakeArm(self, case))
+        self.alive.append(arm := FakeArm(self, case, is_apart=is_apart))
         self.most_alive = max(self.most_alive, len(self.alive))
         return arm
 
@@ -124,6 +131,15 @@ def measured(config: TrainStepConfig, tmp_path: Path) -> tuple[Json, dict[str, J
 
 def verdicts(rows: dict[str, Json]) -> dict[str, str]:
     return {name: row["not_measured"] or row["verdict"] for name, row in rows.items()}
+
+
+def remembered_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict[str, str]]:
+    """Ladders keep what they find as on a GPU; what is kept is returned."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    device = torch.device("cuda")
+    monkeypatch.setattr(ladder, "remember", lambda rows, case, _: remember(rows, case, device))
+    return lambda: read_tuned(preset(CONFIG.presets[0]), device)
 
 
 def only(*names: str) -> tuple[str, ...]:
@@ -161,7 +177,7 @@ def test_a_rung_that_pays_is_stood_on_and_one_that_does_not_is_left_out_of_those
     assert rows["fused-norms"]["channels_last"] == "on", "which these norms make worth it"
     assert rows["fused-norms"]["ratios"] == [12 / 11] * 4
     assert rows["fused-norms"]["before"] == "bf16-weights"
-    assert rows["compile"]["before"] == "fused-norms"
+    assert rows["compile"]["before"] == "conv-search", "on fused-norms, and on unless slower"
     assert rows["channels-last"]["images_per_sec"]["median"] == 10.0
     assert rows["base"]["mfu"]["median"] == pytest.approx(10.0 / 1000)
     assert document["failed"] == []
@@ -178,30 +194,34 @@ def test_what_did_not_pay_is_kept_for_later_runs_and_what_was_not_tried_stays(
     )
     found: list[Path | None] = []
     machine.speed = lambda case: 10.0 - (case.fused_geglu == "on") + 2 * (case.compile == "full")
-    machine.refuses = lambda case: "a gradient is off" if case.conv_search == "on" else ""
+    machine.refuses = lambda case: "a gradient is off" if case.batched_projections == "on" else ""
     measure_ladder(CONFIG, tmp_path / "first")
     config = preset(CONFIG.presets[0])
     off = read_tuned(config, device)
     assert off["fused_geglu"] == "slower in the ladder, 0.900x"
     assert off["fused_norms"] == "not told apart in the ladder, 1.000x"
-    assert "a gradient is off" in off["conv_search"]
+    assert "a gradient is off" in off["batched_projections"]
     assert "compile" not in off
-    assert off.keys() == {*SWITCHES} - {"channels_last"}, "compiled, channels-last is on"
+    assert off.keys() == {*SWITCHES} - {"channels_last", "conv_search"}, "what stands has them on"
 
     machine.speed = lambda case: 10.0 + (case.fused_geglu == "on")
-    stand_on = only("fused-geglu", "conv-search", "cuda-graph")
+    stand_on = only("fused-geglu", "batched-projections", "cuda-graph")
     measure_ladder(replace(CONFIG, stand_on=stand_on), tmp_path / "second")
     later = read_tuned(config, device)
-    assert later.keys() == {"conv_search", "cuda_graph"}
+    assert later.keys() == {"batched_projections", "cuda_graph"}
     assert found == [tuned_path(config, device)] * 2
-    assert remember([], base_case("tiny", [8], "no", []), torch.device("cpu")) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/1/nowhere")
+    case = base_case("tiny", [8], "no", [], "off")
+    assert remember([], case, device) is None, "and no ladder is lost for it"
+    assert remember([], base_case("tiny", [8], "no", [], "off"), torch.device("cpu")) is None
 
 
 def test_a_rung_and_the_one_before_it_run_in_turns_and_nothing_else_is_alive(machine, tmp_path):
     machine.speed = lambda case: 10.0 + (case.precision == "bf16-weights")
     measured(replace(CONFIG, stand_on=only("bf16-weights")), tmp_path)
     precisions = [case.precision for case in machine.ran if case.compile == "full"]
-    alone, beside = ["no"] * (2 + 4), ["bf16-weights"] * 2 + ["bf16-weights", "no"] * 4
+    alone = ["no"] * (2 + 4)  # warm-up and trial, then blocks
+    beside = ["bf16-weights"] * 2 + ["no"] + ["bf16-weights", "no"] * 4  # one step to allocate
     assert precisions[: len(alone) + len(beside)] == alone + beside
     assert machine.most_alive == 2
     assert machine.alive == []
@@ -250,8 +270,11 @@ def test_a_ladder_stands_on_what_an_earlier_one_found(machine, tmp_path):
     assert (rows["base"]["precision"], rows["base"]["fused_norms"]) == ("bf16-weights", "on")
 
 
-def test_the_base_has_every_switch_off_and_the_rungs_turn_each_on_once():
-    case = base_case("tiny", (4,), "no", ())
+def test_the_base_has_every_switch_off_but_the_search_and_the_rungs_turn_each_on_once():
+    searching = base_case("tiny", (4,), "no", (), "on")
+    assert searching.switches() == {**ALL_OFF, "conv_search": "on"}
+    assert plain_case(searching, "diffusers", 8).switches() == ALL_OFF
+    case = base_case("tiny", (4,), "no", (), "off")
     assert case.switches() == ALL_OFF
     rungs = [rung for rung in list_rungs((4,), ()) if not rung.is_ablation]
     for rung in rungs:
@@ -260,6 +283,107 @@ def test_the_base_has_every_switch_off_and_the_rungs_turn_each_on_once():
         assert not rung.switch or rung.changes[rung.switch] in ("on", "full")
         assert rung.on(case) != case
     assert sorted(rung.switch for rung in rungs if rung.switch) == sorted([*SWITCHES, "compile"])
+
+
+# cuDNN's search ----------------------------------------------------------------------------------
+
+
+def without_search_apart(machine: FakeMachine, speed: float) -> None:
+    """Ours run at 10 images/s; in a process of its own without a search, at `speed`."""
+    machine.speed = lambda case: speed if case.conv_search == "off" else 10.0
+
+
+def test_what_searched_all_along_is_timed_beside_the_same_without_in_a_process_of_its_own(
+    machine, tmp_path
+):
+    without_search_apart(machine, 8.0)
+    _, rows = measured(CONFIG, tmp_path)
+    assert rows["base"]["conv_search"] == "on"
+    row = rows["conv-search"]
+    assert (row["verdict"], row["conv_search"], row["ratios"]) == ("kept", "on", [10 / 8] * 4)
+    assert row["before"] == "the same without, in a process of its own"
+    assert row["checks"] == {}, "what stands was checked"
+    assert list(rows).index("conv-search") == list(rows).index("compile") - 1
+    assert {case.conv_search for case in machine.ran_apart} == {"off"}
+    assert len(set(machine.ran_apart)) == 1, "none but this one"
+    number = machine.ran.index(machine.ran_apart[0])
+    turns = [case.conv_search for case in machine.ran[number : number + 10]]
+    assert turns == ["off", "off"] + ["on", "off"] * 4, "warm-up, trial, and turns"
+    steps = [case.conv_search for case in machine.ran[number - 2 : number]]
+    assert steps == ["on"] * 2, "what stands has its memory before the process takes the rest"
+    assert rows["compile"]["before"] == "conv-search", "built once, it goes on"
+    assert machine.most_alive == 2
+    assert machine.alive == []
+
+
+@pytest.mark.parametrize(
+    ("speed", "verdict", "later"),
+    [(8.0, "kept", "on"), (10.0, "not told apart", "on"), (12.5, "slower", "off")],
+)
+def test_a_search_is_left_off_and_remembered_only_if_it_was_slower(
+    machine, tmp_path, monkeypatch, speed, verdict, later
+):
+    off = remembered_off(monkeypatch, tmp_path)
+    without_search_apart(machine, speed)
+    document, rows = measured(CONFIG, tmp_path)
+    assert rows["conv-search"]["verdict"] == verdict
+    assert rows["conv-search"]["conv_search"] == "on", "it is what was timed"
+    assert {rows[name]["conv_search"] for name in ("compile", "cuda-graph")} == {later}
+    assert document["failed"] == []
+    assert machine.alive == []
+    reason = {"conv_search": "slower in the ladder, 0.800x"} if later == "off" else {}
+    assert {k: v for k, v in off().items() if k == "conv_search"} == reason
+
+
+def test_what_an_earlier_ladder_found_of_the_search_stays_until_it_is_measured_again(
+    machine, tmp_path, monkeypatch
+):
+    off = remembered_off(monkeypatch, tmp_path)
+    without_search_apart(machine, 12.5)
+    measured(CONFIG, tmp_path)
+    assert "conv_search" in off()
+    monkeypatch.setattr(ladder, "obstacle", lambda rung, case: rung.switch and "not today")
+    measured(CONFIG, tmp_path)
+    assert "conv_search" in off()
+    monkeypatch.setattr(ladder, "obstacle", lambda rung, case: "")
+    without_search_apart(machine, 10.0)
+    measured(CONFIG, tmp_path)
+    assert "conv_search" not in off()
+
+
+def test_a_process_without_a_search_that_dies_is_a_failed_row_and_the_search_stays_on(
+    machine, tmp_path, monkeypatch
+):
+    off = remembered_off(monkeypatch, tmp_path)
+    died = RuntimeError("the process of its own died")
+    machine.breaks = lambda case: died if case.conv_search == "off" else None
+    document, rows = measured(CONFIG, tmp_path)
+    assert rows["conv-search"]["not_measured"] == "RuntimeError: the process of its own died"
+    assert document["failed"] == ["conv-search"]
+    assert rows["compile"]["conv_search"] == "on"
+    assert "conv_search" not in off()
+    assert machine.alive == []
+
+
+def test_where_both_do_not_fit_the_process_without_a_search_runs_after_what_stands(
+    machine, tmp_path
+):
+    machine.room = 10  # one of 8 alone
+    without_search_apart(machine, 8.0)
+    _, rows = measured(CONFIG, tmp_path)
+    assert (rows["conv-search"]["verdict"], rows["conv-search"]["interleaved"]) == ("kept", False)
+    assert len(machine.ran_apart) >= 4
+    assert machine.alive == []
+
+
+def test_the_plain_loop_leaves_no_plans_where_ours_search(machine, tmp_path, monkeypatch):
+    config = replace(CONFIG, loops=("latentmill", "diffusers"), stand_on=RUNG_NAMES)
+    measured(config, tmp_path)
+    assert {case for case in machine.ran if case.loop != "latentmill"} == {*machine.ran_apart}
+    machine.ran_apart.clear()
+    monkeypatch.setattr(ladder, "base_conv_search", lambda: "off")
+    measured(replace(config, stand_on=only("conv-search")), tmp_path)
+    assert {case.loop for case in machine.ran_apart} <= {"latentmill"}
 
 
 # The plain loop -----------------------------------------------------------------------------------
@@ -469,7 +593,7 @@ def test_the_micro_batches_of_a_gpu_depend_on_the_resolution_unless_they_are_nam
 
 @pytest.mark.parametrize("name", ["fused-update", "attention", "conv-search", "cuda-graph"])
 def test_a_rung_that_needs_a_gpu_says_so_without_one(name):
-    case = base_case("tiny", (4,), "no", ())
+    case = base_case("tiny", (4,), "no", (), "off")
     rung = next(rung for rung in list_rungs((4,), ()) if rung.name == name)
     assert name.replace("-", "_") in resolved.obstacle(rung, rung.on(case))
     (weights, *_) = list_rungs((4,), ())
@@ -477,7 +601,7 @@ def test_a_rung_that_needs_a_gpu_says_so_without_one(name):
 
 
 def test_the_recommended_flags_are_those_that_differ_from_the_defaults_here():
-    case = base_case("tiny", (4,), "no", ())
+    case = base_case("tiny", (4,), "no", (), "off")
     assert resolved.recommended_flags(replace(case, channels_last="on")) == [
         *("--micro-batch-size", "4")
     ]
@@ -493,7 +617,7 @@ def test_the_recommended_flags_are_those_that_differ_from_the_defaults_here():
 
 def test_a_row_that_pays_is_faster_in_nine_of_ten_blocks():
     def judged(*ratios: float) -> str:
-        row = ladder_row.RungRow("x", base_case("tiny", (4,), "no", ()))
+        row = ladder_row.RungRow("x", base_case("tiny", (4,), "no", (), "off"))
         row.blocks = [{"perf/images_per_sec": ratio} for ratio in ratios]
         row.before_blocks = [{"perf/images_per_sec": 1.0}] * len(ratios)
         return ladder_row.judge(row, is_ablation=False)
@@ -533,6 +657,8 @@ def test_the_command_climbs_on_a_cpu_with_real_rows_and_a_profile(tmp_path, monk
     assert rows["batched-projections"]["plan"]["batched_projections"] is True
     assert rows["compile"]["not_measured"] == "left out: no time"
     assert "no CUDA device" in rows["fused-update"]["not_measured"]
+    assert rows["conv-search"]["not_measured"] == "conv_search off: no CUDA device"
+    assert rows["base"]["conv_search"] == "off"
     assert result["final"]["before"].startswith("diffusers")
     assert result["recommended_flags"][:2] == ["--micro-batch-size", "2"]
     assert "convolution forward" in {row["kind"] for row in result["profile"]["kinds"]}

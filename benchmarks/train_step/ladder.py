@@ -25,9 +25,14 @@ from benchmarks.train_step.data import columns_for, write_latents
 from benchmarks.train_step.ladder_row import RungRow, judge
 from benchmarks.train_step.ladder_table import HEADER, line
 from benchmarks.train_step.remember import remember
-from benchmarks.train_step.resolved import base_precision, obstacle, recommended_flags
+from benchmarks.train_step.resolved import (
+    base_conv_search,
+    base_precision,
+    obstacle,
+    recommended_flags,
+)
 from benchmarks.train_step.rungs import PLAIN_LOOPS, Rung, base_case, list_rungs, plain_case
-from benchmarks.train_step.runner import Check, Runners, take_turns
+from benchmarks.train_step.runner import Check, Runner, Runners, take_turns
 from benchmarks.train_step.step_profile import NUM_STEPS, profile_steps
 from shards.column import Json
 from shards.errors import UserError
@@ -35,10 +40,12 @@ from train.presets import preset
 
 OUT_OF_MEMORY = "out of memory"
 BASE = "base"
+APART = "the same without, in a process of its own"
 _MAX_GRAPHS = 64
 _SHARDS = 4
-# Until it was measured once, what a rung is taken to need, and what compiling a U-Net adds.
-_FIRST_GUESS_SEC, _COMPILE_GUESS_SEC = 15.0, 100.0
+# Until it was measured once, what a rung is taken to need, and what compiling a U-Net adds; what
+# a process of its own adds, always.
+_FIRST_GUESS_SEC, _COMPILE_GUESS_SEC, _PROCESS_GUESS_SEC = 15.0, 100.0, 15.0
 _PROFILE_SEC = 20.0
 _BASE, _PLAIN, _PLAIN_VARIANT, _PLAIN_OTHER_BATCH = 9, 8, 5, 2  # importance; see `Rung`
 
@@ -64,7 +71,9 @@ class Ladder:
         )
         self._runners = Runners(data, scratch, warmup=config.warmup, max_block_steps=config.steps)
         self._checks = Checks(scratch, config.check_steps)
-        self._base = base_case(name, config.micro_batches, base_precision(), config.stand_on)
+        self._base = base_case(
+            name, config.micro_batches, base_precision(), config.stand_on, base_conv_search()
+        )
         self._rung_sec, self._compile_sec = _FIRST_GUESS_SEC, _COMPILE_GUESS_SEC
         # To the compiler all models are one function; its graphs are those of every rung.
         dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_GRAPHS)
@@ -138,9 +147,10 @@ class Ladder:
         with self._recorded(row):
             if row is not self.standing:
                 self._runners.close(row.name)
-        if row.is_measured and case.compile == "off":
+        is_like_others = row.is_measured and not rung.is_apart
+        if is_like_others and case.compile == "off":
             self._rung_sec = monotonic() - began
-        elif row.is_measured and rung.compiles(case):
+        elif is_like_others and rung.compiles(case):
             self._compile_sec = max(monotonic() - began - self._rung_sec, 0.0)
         print(line(row.to_json()), flush=True)
 
@@ -148,6 +158,9 @@ class Ladder:
         if row.case.loop != "latentmill":
             self._time(row, None)
             row.verdict = "measured"
+            return
+        if rung.is_apart:
+            self._measure_search(row)
             return
         row.checks["short_training"] = found = self._checks.short_training(row.case)
         refuse_problems([found])
@@ -157,6 +170,31 @@ class Ladder:
             former, self.standing = self.standing, row
             if former:
                 self._runners.close(former.name)
+
+    def _measure_search(self, row: RungRow) -> None:
+        """What stands, and was checked, beside the same without cuDNN's search.
+
+        What stands has it already: it is left off only if it was slower. Shapes that were searched
+        keep their plans even then, in this process: for all rungs that come after alike.
+        """
+        assert self.standing
+        former, without = self.standing, replace(row.case, conv_search="off")
+        self._runners.rename(former.name, row.name)
+        try:
+            self._time(row, RungRow(APART, without))
+        finally:
+            self._runners.close(APART)
+        row.verdict = judge(row, is_ablation=False)
+        self.standing = replace(former, case=without) if row.verdict == "slower" else row
+
+    def _open(self, row: RungRow, check: Check | None = None) -> Runner:
+        """A row's runner; in a process of its own if it must neither find nor leave cuDNN's plans.
+
+        The plain loop does not search: after it neither would ours, of the same shapes.
+        """
+        is_plain = row.case.loop != "latentmill"
+        is_apart = row.name == APART or (is_plain and self._base.conv_search == "on")
+        return self._runners.open(row.name, row.case, check, is_apart=is_apart)
 
     def _same_function(self, row: RungRow) -> Check:
         def check(arm: Any) -> None:
@@ -171,7 +209,7 @@ class Ladder:
         if is_ours and rung.name != BASE and self.standing is None:
             return "not tried: there is nothing to stand on"
         for other in self.rows[:-1]:
-            if other.case == row.case:
+            if other.case == row.case and not rung.is_apart:
                 return f"the same as {other.name}"
             smaller = other.case.micro_batch < row.case.micro_batch
             alike = replace(other.case, micro_batch=row.case.micro_batch) == row.case
@@ -205,7 +243,8 @@ class Ladder:
 
     def _expected_sec(self, rung: Rung) -> float:
         compiles = rung.compiles(self.standing.case if self.standing else self._base)
-        return self._rung_sec + (self._compile_sec if compiles else 0.0)
+        more_sec = _PROCESS_GUESS_SEC if rung.is_apart else 0.0
+        return self._rung_sec + more_sec + (self._compile_sec if compiles else 0.0)
 
     def _time(self, row: RungRow, other: RungRow | None, check: Check | None = None) -> None:
         """In turns with another row's case; one after the other where both do not fit."""
@@ -223,8 +262,8 @@ class Ladder:
 
     def _interleave(self, row: RungRow, other: RungRow | None, check: Check | None) -> None:
         # Ours first: the plain loop has Accelerate in a state in which ours cannot be built.
-        runner = self._runners.open(row.name, row.case, check)
-        beside = [self._runners.open(other.name, other.case)] if other else []
+        runner = self._open(row, check)
+        beside = [self._open(other)] if other else []
         row.blocks, *others = take_turns([runner, *beside], self._num_blocks)
         row.note(runner)
         if other:
@@ -232,11 +271,11 @@ class Ladder:
 
     def _one_after_the_other(self, row: RungRow, other: RungRow, check: Check | None) -> None:
         row.is_interleaved = False
-        runner = self._runners.open(row.name, row.case, check)
+        runner = self._open(row, check)
         (row.blocks,) = take_turns([runner], self._num_blocks)
         row.note(runner)
         self._runners.close(row.name)
-        row.before, runner = other.name, self._runners.open(other.name, other.case)
+        row.before, runner = other.name, self._open(other)
         (row.before_blocks,) = take_turns([runner], self._num_blocks)
 
     def _time_final(self, standing: RungRow, plain: RungRow) -> None:

@@ -24,18 +24,28 @@ def remember(rows: Sequence[RungRow], standing: Case, device: torch.device) -> P
         device: that it ran on; only of a GPU is anything kept.
 
     Returns:
-        where; None where nothing is kept.
+        where; None where nothing is kept, or can be.
     """
     if device.type != "cuda":
         return None
     config = standing.train_config(_NOWHERE, _NOWHERE, 1)
     off = read_tuned(config, device)
     for name in (*SWITCHES, "compile"):
+        if name == "conv_search" and _is_unmeasured(name, rows):
+            continue  # the base has it on untried, and a failure is that of the process without it
         if reason := _why_off(name, rows):
             off[name] = reason
         if getattr(standing, name) != "off":
             off.pop(name, None)
-    return write_tuned(config, device, off)
+    try:
+        return write_tuned(config, device, off)
+    except (OSError, RuntimeError) as error:  # there is no home, or it is not ours
+        print(f"nothing is kept for later runs: {error}")
+        return None
+
+
+def _is_unmeasured(name: str, rows: Sequence[RungRow]) -> bool:
+    return any(row.switch == name and not row.is_measured for row in rows)
 
 
 def _why_off(name: str, rows: Sequence[RungRow]) -> str:

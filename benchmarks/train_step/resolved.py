@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from benchmarks.train_step.case import SWITCHES, Case
+from benchmarks.train_step.case import SWITCHES, Case, Toggle
 from benchmarks.train_step.rungs import Rung
 from train.config import Precision
 from train.precision import resolve_precision
@@ -19,6 +19,11 @@ def base_precision() -> Precision:
     """What a plain step computes in: autocast on a GPU that has bfloat16, else float32."""
     resolved = resolve_precision("auto", PartialState().device)
     return "bf16" if resolved.name == "bf16-weights" else "no"
+
+
+def base_conv_search() -> Toggle:
+    """Whether the base has cuDNN search: wherever there is one."""
+    return "on" if PartialState().device.type == "cuda" else "off"
 
 
 def obstacle(rung: Rung, case: Case) -> str:

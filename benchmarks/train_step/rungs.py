@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.train_step.case import ALL_OFF, Case, Loop
+from benchmarks.train_step.case import ALL_OFF, Case, Loop, Toggle
 from train.config import Precision
 
 MIN_CHECK_STEPS = 20  # a whole window of losses, and an update that is recomputed
@@ -26,6 +26,8 @@ class Rung:
         importance: where time is short, the rungs with the least are left out.
         is_ablation: it is measured; none stands on it.
         switch: of the trainer that it is about; empty where it is about none.
+        is_apart: the base has its switch on, and what stands is compared with the same without, in
+            a process of its own.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Rung:
     importance: int
     is_ablation: bool = False
     switch: str = ""
+    is_apart: bool = False
 
     def on(self, case: Case) -> Case:
         """The case with the change."""
@@ -41,7 +44,7 @@ class Rung:
     def compiles(self, case: Case) -> bool:
         """Whether a graph is compiled for it that no rung before has had compiled."""
         anew = {"compile", "micro_batch"} & self.changes.keys()
-        return bool(anew) and self.on(case).compile != "off"
+        return (bool(anew) or self.is_apart) and self.on(case).compile != "off"
 
 
 def _switch(name: str, importance: int = 7, **along: Any) -> Rung:
@@ -58,7 +61,7 @@ _RUNGS = (
     _switch("fused_norms", channels_last="on"),
     _switch("fused_geglu"),
     _switch("batched_projections"),
-    _switch("conv_search", importance=6),
+    replace(_switch("conv_search", importance=6), is_apart=True),
     Rung(
         name="compile",
         changes={"compile": "full", "channels_last": "on"},
@@ -96,9 +99,17 @@ def list_rungs(micro_batches: Sequence[int], stand_on: Sequence[str]) -> list[Ru
 
 
 def base_case(
-    preset: str, micro_batches: Sequence[int], precision: Precision, stand_on: Sequence[str]
+    preset: str,
+    micro_batches: Sequence[int],
+    precision: Precision,
+    stand_on: Sequence[str],
+    conv_search: Toggle,
 ) -> Case:
-    """Our trainer with everything off that can be, but for what it is to stand on."""
+    """Our trainer with everything off that can be, but for what it is to stand on and the search.
+
+    cuDNN keeps the first plan that it ran for a shape until the process ends. A rung that turned
+    the search on after others would find their plans, and look as if a search changed nothing.
+    """
     case = Case(
         preset=preset,
         loop="latentmill",
@@ -107,7 +118,7 @@ def base_case(
         precision=precision,
         compile="off",
         ema="on",
-        **ALL_OFF,
+        **{**ALL_OFF, "conv_search": conv_search},
     )
     for rung in _RUNGS:
         if rung.name in stand_on:

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.train_step.arm import Arm
 from benchmarks.train_step.case import Case, open_arm, release_memory
+from benchmarks.train_step.remote_arm import RemoteArm
 from train.interval import Row
 from train.step_graph import WARM_UP_STEPS
 
@@ -48,6 +49,7 @@ def open_runner(
     run_dir: Path,
     check: Check | None,
     *,
+    is_apart: bool,
     warmup: int,
     max_block_steps: int,
 ) -> Runner:
@@ -58,14 +60,15 @@ def open_runner(
         data: latent dataset.
         run_dir: a new folder.
         check: is called before the warm-up, and compiles what is to be compiled.
+        is_apart: in a process of its own, where there is nothing to check; its start is setup.
         warmup: steps at least.
         max_block_steps: see `Runner`.
 
     Raises:
         Exception: whatever building, checking or running it raises; then it is closed.
     """
-    began, held_bytes = time.perf_counter(), _allocated_bytes()
-    arm = open_arm(case, data, run_dir, _MAX_STEPS)
+    began, held_bytes = time.perf_counter(), 0 if is_apart else _allocated_bytes()
+    arm = (RemoteArm if is_apart else open_arm)(case, data, run_dir, _MAX_STEPS)
     try:
         if check:
             check(arm)
@@ -115,13 +118,26 @@ class Runners:
         self._alive: dict[str, Runner] = {}
         self._num_opened = 0
 
-    def open(self, name: str, case: Case, check: Check | None = None) -> Runner:
+    def open(
+        self, name: str, case: Case, check: Check | None = None, *, is_apart: bool = False
+    ) -> Runner:
         """The runner of this name, made if it is not alive; see `open_runner`."""
-        if name not in self._alive:
+        if runner := self._alive.get(name):
+            runner.arm.run(
+                1
+            )  # closing another gave back what it works in: to allocate is not timed
+        else:
             self._num_opened += 1
             run_dir = self._scratch / f"run-{self._num_opened}"
-            self._alive[name] = open_runner(case, self._data, run_dir, check, **self._steps)
+            self._alive[name] = open_runner(
+                case, self._data, run_dir, check, is_apart=is_apart, **self._steps
+            )
         return self._alive[name]
+
+    def rename(self, name: str, new: str) -> None:
+        """Go on with a runner under another name, if it is alive."""
+        if runner := self._alive.pop(name, None):
+            self._alive[new] = runner
 
     def close(self, *names: str) -> None:
         """Close those of these names that are alive, and give their memory back."""
