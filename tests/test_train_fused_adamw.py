@@ -685,6 +685,8 @@ def test_what_kernels_lack_is_said(monkeypatch):
     assert triton_runtime.missing(CPU) == "Triton is not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert triton_runtime.missing(CPU) is None
+    assert "TRITON_INTERPRET" in triton_runtime.missing(cuda)
+    monkeypatch.delenv("TRITON_INTERPRET")
     for capability, reason in (((6, 1), "compute capability 6.1 < 7.0"), ((9, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert triton_runtime.missing(cuda) == reason
