@@ -140,7 +140,7 @@ def print_account(
     print("  held out      " + ", ".join(f"{part} {right[part]:.0%}" for part in parts))
     print("  (by chance)   " + ", ".join(f"{part} {chance[part]:.0%}" for part in parts))
     print(
-        f"  all right     {right['all_right']:.0%} of {scenes['num_images']} images of "
+        f"  all right     {right['all_right']:.1%} of {scenes['num_images']} images of "
         f"combinations that were never trained on (chance {chance['all_right']:.0%})"
     )
     print(f"  pictures      {run}/grid.png (held out), {run}/samples.png (training captions)")
