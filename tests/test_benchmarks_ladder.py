@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.train_step import ladder, ladder_row, resolved, runner, train_step
+from benchmarks.train_step import host_room, ladder, ladder_row, resolved, runner, train_step
 from benchmarks.train_step.case import ALL_OFF, SWITCHES, Case
 from benchmarks.train_step.checks import NotTheSameError
 from benchmarks.train_step.config import TrainStepConfig
@@ -580,6 +580,15 @@ def test_settings_that_make_no_ladder_are_refused_at_once(tmp_path, settings, wh
     with pytest.raises(UserError, match=where):
         train_step.measure(replace(CONFIG, **settings, scratch=str(tmp_path / "scratch")))
     assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_unet_that_would_end_the_hosts_memory_is_refused_with_what_it_takes(monkeypatch):
+    monkeypatch.setattr(host_room, "available_bytes", lambda: 24 * 2**30)
+    config = TrainStepConfig(presets=("sd2-base-512",), ladder=True)
+    with pytest.raises(UserError, match=r"--ladder: .*24 GiB left.*45 GiB.*--preset tiny"):
+        train_step.measure(config)
+    host_room.check_host_room(preset("tiny"))
 
 
 def test_the_micro_batches_of_a_gpu_depend_on_the_resolution_unless_they_are_named():

@@ -41,6 +41,7 @@ from benchmarks.train_step.case import (
 )
 from benchmarks.train_step.config import TrainStepConfig, check_config
 from benchmarks.train_step.data import columns_for, write_latents
+from benchmarks.train_step.host_room import check_host_room
 from benchmarks.train_step.parity import check_parity
 from benchmarks.train_step.plan import count_cases, iter_cases
 from benchmarks.train_step.summary import compare_loops, ema_costs
@@ -80,7 +81,10 @@ def measure(config: TrainStepConfig) -> dict[str, Any]:
     import torch
 
     check_config(config)
-    config = config.with_micro_batches(on_gpu=torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    config = config.with_micro_batches(on_gpu=on_gpu)
+    if config.ladder and not on_gpu:
+        check_host_room(preset(config.presets[0]))
     torch.set_flush_denormal(True)  # both as train/main.py sets them
     torch.set_float32_matmul_precision("high")
     Path(config.scratch).mkdir(parents=True, exist_ok=True)
