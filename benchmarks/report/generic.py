@@ -10,6 +10,7 @@ from benchmarks.report.number_format import quantity
 from benchmarks.report.sources import Document
 
 _SHOWN_APART = ("format", "theme", "variant", "protocol", "environment")
+_NAMES = ("rung", "unet", "resolution", "verdict", "not_measured")  # of rows
 
 
 def generic_card(document: Document) -> Card:
@@ -48,6 +49,8 @@ def _lists(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, list[di
 def _list_table(name: str, rows: list[dict[str, Any]]) -> Table:
     flat = [dict(_single(row)) for row in rows]
     columns = list(dict.fromkeys(column for row in flat for column in row))
+    # Names first: a table that is too wide shows its left side.
+    columns.sort(key=lambda column: column not in _NAMES)
     return Table(
         title=name,
         header=columns,
