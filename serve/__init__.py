@@ -1,0 +1,1 @@
+"""HTTP inference: a checkpoint or any diffusers pipeline behind an address."""
