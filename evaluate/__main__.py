@@ -57,9 +57,8 @@ def _overview() -> str:
     """What there is: the first line of each command's module."""
     width = max(map(len, _COMMANDS)) + 2
     lines = [f"usage: {_PROGRAM} COMMAND [-h | --help] ...", "", __doc__.strip(), ""]
-    for name in _COMMANDS:
-        lines.append(f"  {name:<{width}}{(_module(name).__doc__ or '').splitlines()[0]}")
-    return "\n".join(lines)
+    abouts = {name: (_module(name).__doc__ or "").splitlines()[0] for name in _COMMANDS}
+    return "\n".join(lines + [f"  {name:<{width}}{about}" for name, about in abouts.items()])
 
 
 if __name__ == "__main__":
