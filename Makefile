@@ -18,6 +18,8 @@ SHARDS      ?=
 OUT         ?= data/latents
 MODEL       ?=
 RESOLUTIONS ?=
+RUN         ?= runs/demo
+SCENES      ?= data/demo/scenes/held_out
 MINUTES     ?= 4
 ARGS        ?=
 
@@ -63,6 +65,15 @@ train: $(READY)  ## stage 2: train on data/latents with the preset that fits it 
 bench: $(READY)  ## online against offline training, side by side (last line: JSON)
 	@$(PY) -m benchmarks $(ARGS)
 
+sweep: $(READY)  ## hyper-parameters at small scale: cost against validation loss (ARGS="--data data/demo/latents --trials 8")
+	@$(PY) -m train.sweep $(ARGS)
+
+evaluate: $(READY)  ## RUN=runs/demo [SCENES=...]: grid, FID, CLIP score and scene accuracy by guidance scale, with a plot
+	@$(PY) -m evaluate guidance --source '$(RUN)' $(if $(SCENES),--scenes '$(SCENES)') $(ARGS)
+
+serve: $(READY)  ## RUN=runs/demo: images over HTTP, with a page, on loopback (ARGS="--port 8000")
+	@$(PY) -m serve run --source '$(RUN)' $(ARGS)
+
 peers: $(PEERS_READY)  ## other people's loaders, in an environment of their own, for python -m benchmarks loader
 
 $(PEERS_READY): benchmarks/peers/requirements.txt
@@ -86,11 +97,14 @@ plan: $(READY)  ## the bill before the job: time, bytes, money (ARGS="--help"; w
 report: $(READY)  ## runs and results as one HTML page, report.html
 	@$(PY) -m benchmarks report $(ARGS)
 
+tiny-clip: $(READY)  ## train the embedded CLIP again, which FID and CLIP score of scenes rest on (minutes on 2 cores)
+	@$(PY) -m examples.tiny_clip --out examples/tiny-clip $(ARGS)
+
 tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45 minutes on 2 cores)
 	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)
 
 clean:  ## remove .venv, .venv-peers, .venv-download, caches and the demo's data (never data/latents, never other runs)
-	rm -rf $(VENV) $(PEERS) $(DOWNLOAD) data/demo data/bench data/loader-* data/train-step-* data/scaling-* data/env-* report.html runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(DOWNLOAD) data/demo data/bench data/loader-* data/train-step-* data/scaling-* data/env-* report.html runs/demo .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo download download-env precompute train bench peers test check plan report tiny-model clean
+.PHONY: help setup demo download download-env precompute train bench sweep evaluate serve peers test check plan report tiny-clip tiny-model clean

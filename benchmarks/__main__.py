@@ -3,9 +3,10 @@
 Commands: `train-step` (the U-Net trainer's speed, beside the plain diffusers loop), `scaling` (on
 several processes), `precompute` (stage 1 against a naive one), `loader` (our reader of latent
 shards against other loaders), `order` (open and seek in 400 million samples), `flops` (counted, of
-the real configurations), `traffic` (bytes that the U-Net's step moves, counted as well), `env`
-(what this machine is and reaches), `plan` (time, bytes and money before the job), `report` (runs
-and results as one page). See `python -m benchmarks loader --help`.
+the real configurations), `traffic` (bytes that the U-Net's step moves, counted as well), `latency`
+(what an image takes, plain and on the fast path), `load` (a server at its capacity and above),
+`env` (what this machine is and reaches), `plan` (time, bytes and money before the job), `report`
+(runs and results as one page). See `python -m benchmarks loader --help`.
 
 A benchmark's last line is its result as one JSON document, which it also writes to
 benchmarks/results.
@@ -13,7 +14,6 @@ benchmarks/results.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from importlib import import_module
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import tyro
 
 from benchmarks.result import NOWHERE, output_file, publish
-from shards.errors import UserError, reported
+from shards.command_line import unknown_command
+from shards.errors import reported
 
 # Module and settings of each command. A module measures (`measure`, `print_table`) or just runs
 # (`run`); it is loaded when it is asked for.
@@ -34,6 +35,8 @@ _COMMANDS = {
     "order": ("order", "OrderConfig"),
     "flops": ("flops_table", "FlopsConfig"),
     "traffic": ("train_step.traffic", "TrafficConfig"),
+    "load": ("load.load", "LoadConfig"),
+    "latency": ("latency.latency", "LatencyConfig"),
     "env": ("environment.environment", "EnvConfig"),
     "plan": ("planner.plan", "PlanConfig"),
     "report": ("report.report", "ReportConfig"),
@@ -65,13 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _command(name: str) -> tuple[str, str]:
     if name not in _COMMANDS:
-        nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
-        raise UserError(
-            "command",
-            f"{name!r} is unknown",
-            wanted=f"one of {', '.join(_COMMANDS)}",
-            remedy=f"python -m benchmarks {nearest[0]}" if nearest else "",
-        )
+        raise unknown_command("python -m benchmarks", name, _COMMANDS)
     return _COMMANDS[name]
 
 

@@ -1,21 +1,28 @@
-"""A U-Net and a schedule joined with a model folder into a `StableDiffusionPipeline`."""
+"""The parts of a diffusers model folder, with all their weights, put together into a pipeline."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from evaluate.schedulers import DEFAULT_SCHEDULER, build_scheduler
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from precompute.model_folder import ModelFolder
 
 _REMEDY = "--model <folder or hub id>"
 
 
-def assemble(unet: Any, scheduler_config: dict[str, Any], model: str) -> Any:
-    """Build a pipeline that samples a U-Net: DPM-Solver++ on the schedule of its training.
+def assemble(
+    unet: Any, scheduler_config: dict[str, Any], model: str, scheduler: str = DEFAULT_SCHEDULER
+) -> Any:
+    """Build a pipeline that samples a U-Net on the schedule of its training.
 
     Args:
         unet: diffusers `UNet2DConditionModel`.
         scheduler_config: of any diffusers scheduler.
         model: model folder or hub id; gives VAE, text encoder and tokenizer.
+        scheduler: one of `SCHEDULERS`.
 
     Returns:
         a diffusers `StableDiffusionPipeline` without a safety checker, float32, on the CPU but for
@@ -24,32 +31,67 @@ def assemble(unet: Any, scheduler_config: dict[str, Any], model: str) -> Any:
     Raises:
         UserError: the model cannot be loaded, or does not fit the U-Net.
     """
-    _quieten_libraries()
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    quieten_libraries()
+    from precompute.model_folder import find_model
 
-    scheduler = DPMSolverMultistepScheduler.from_config(scheduler_config)
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            model, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None
-        )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            model,
-            f"cannot be loaded as a pipeline ({reason})",
-            wanted="the model folder that the dataset was encoded with",
-            remedy=_REMEDY,
-        ) from None
-    _check_fits(model, pipeline)
+    folder = find_model(model)
+    if len(folder.text_parts) > 1:
+        found = f"has {len(folder.text_parts)} text encoders"
+        raise UserError(model, found, wanted="the one that the run was trained with")
+    parts = {"unet": unet, "scheduler": build_scheduler(scheduler, scheduler_config)}
+    pipeline = build_pipeline("StableDiffusionPipeline", parts | load_encoders(folder))
+    check_fits(model, pipeline)
+    return pipeline
+
+
+def load_encoders(folder: ModelFolder) -> dict[str, Any]:
+    """VAE, text encoders and tokenizers, float32, by the names that pipelines know them by.
+
+    Raises:
+        UserError: one cannot be loaded, or lacks weights.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    from precompute.loading import load_frozen, load_part
+    from precompute.model_folder import tokenizer_of
+
+    autoencoder = getattr(diffusers, folder.vae_class)
+    parts = {"vae": load_frozen(folder, "vae", autoencoder, torch_dtype=torch.float32)}
+    for part in folder.text_parts:
+        encoder = getattr(transformers, folder.text_class(part))
+        parts[part] = load_frozen(folder, part, encoder, dtype=torch.float32)
+        folder.tokenizer_sha256(part)  # refuses one without vocabulary
+        tokenizer = tokenizer_of(part)
+        parts[tokenizer] = load_part(folder, tokenizer, transformers.CLIPTokenizer)
+    return parts
+
+
+def build_pipeline(class_name: str, parts: dict[str, Any]) -> Any:
+    """A pipeline of these parts, in eval mode, without bars and without a safety checker."""
+    import diffusers
+
+    if class_name == "StableDiffusionPipeline":
+        parts = {**parts, "safety_checker": None, "feature_extractor": None}
+        parts["requires_safety_checker"] = False
+    pipeline = getattr(diffusers, class_name)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _check_fits(model: str, pipeline: Any) -> None:
-    """Refuse a model folder that belongs to another U-Net."""
-    unet, text, vae = (part.config for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae))
+def check_fits(model: str, pipeline: Any) -> None:
+    """Refuse encoders that belong to another U-Net.
+
+    Raises:
+        UserError: names the width that differs.
+    """
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    text_width = pipeline.text_encoder.config.hidden_size
+    if second := getattr(pipeline, "text_encoder_2", None):
+        text_width += second.config.hidden_size
     for found, what, wanted in (
-        (text.hidden_size, "text states of width", unet.cross_attention_dim),
+        (text_width, "text states of width", unet.cross_attention_dim),
         (vae.latent_channels, "latent channels:", unet.in_channels),
     ):
         if found != wanted:
@@ -58,11 +100,15 @@ def _check_fits(model: str, pipeline: Any) -> None:
             )
 
 
-def _quieten_libraries() -> None:
-    """No loading bars, and no advice to install what nothing here needs."""
+def quieten_libraries() -> None:
+    """No loading bars, and no advice to install what nothing here needs.
+
+    Nor a line for each long prompt that is cut: who samples many of them counts those.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

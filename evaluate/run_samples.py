@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evaluate.assemble import assemble
 from evaluate.grid import draw_grid, write_png
-from evaluate.sample import generate, read_prompts
+from evaluate.prompts import read_prompts
+from evaluate.run_pipeline import RunPipeline
+from evaluate.sample import generate
 from shards.errors import StorageError, UserError
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ class SampleGrids:
 
     def __init__(self, config: TrainConfig, model: str, captions: Sequence[str]) -> None:
         self.every = config.sample_every
-        self._config, self._model = config, model
+        self._config, self._pipeline = config, RunPipeline(model)
         self._prompts = _prompts_in_turn(config, captions)
-        self._pipeline: Any = None  # without a U-Net, on the CPU, between two grids
         self._has_failed = False
 
     def observe(self, trainer: Trainer) -> dict[str, float]:
@@ -73,29 +73,18 @@ class SampleGrids:
             return None
 
     def _draw(self, trainer: Trainer, weights: dict[str, Tensor]) -> np.ndarray:
-        """The grid of one set of weights; whatever draws random numbers leaves training's alone."""
-        import torch
-
-        config, device = self._config, trainer.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            unet = _build_unet(trainer.model.unet_config, weights)
-            if self._pipeline is None:
-                self._pipeline = assemble(unet, trainer.model.scheduler_config, self._model)
-            self._pipeline.unet = unet
-            try:
-                images = generate(
-                    self._pipeline.to(device),
-                    self._prompts,
-                    seed=config.seed,
-                    num_steps=config.sample_steps,
-                    guidance_scale=config.sample_guidance,
-                    guidance_rescale=config.sample_rescale,
-                    negative_prompt=config.sample_negative_prompt,
-                    batch_size=_BATCH_SIZE,
-                )
-            finally:  # the memory is training's
-                self._pipeline.unet = None
-                self._pipeline.to("cpu")
+        config = self._config
+        with self._pipeline.around(trainer, weights) as pipeline:
+            images = generate(
+                pipeline,
+                self._prompts,
+                seed=config.seed,
+                num_steps=config.sample_steps,
+                guidance_scale=config.sample_guidance,
+                guidance_rescale=config.sample_rescale,
+                negative_prompt=config.sample_negative_prompt,
+                batch_size=_BATCH_SIZE,
+            )
         return draw_grid(images, self._prompts)
 
 
@@ -108,17 +97,6 @@ def _try_to_write(trainer: Trainer, name: str, grid: np.ndarray) -> None:
         trainer.accelerator.print(f"warning: {error}. Training goes on")
     else:
         trainer.accelerator.print(f"samples: {path}")
-
-
-def _build_unet(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
-    """A U-Net around tensors that are there: none is initialised, none copied."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    unet.load_state_dict(weights, assign=True)
-    return unet.eval()
 
 
 def _prompts_in_turn(config: TrainConfig, captions: Sequence[str]) -> list[str]:

@@ -1,19 +1,127 @@
-"""Images for prompts: one seed per image, so that a grid does not depend on its batches."""
+"""Images for prompts: one seed per image, so that none depends on its batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.layout import ledger_path
-from shards.ledger import OK, read_ledger
-from shards.storage import location, read_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled, beside the pipeline and its scheduler.
+
+    Args:
+        num_steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is off.
+        guidance_rescale: share of the guided prediction whose deviation is brought back to that of
+            the conditional one (arXiv:2305.08891, section 3.4).
+        negative_prompt: what images are guided away from; by default the null condition.
+        width: in pixels; 0: the U-Net's own.
+        height: in pixels; 0: the U-Net's own.
+
+    Raises:
+        UserError: a value that cannot be meant, or a negative prompt without guidance, which would
+            do nothing.
+    """
+
+    num_steps: int = 20
+    guidance_scale: float = 3.0
+    guidance_rescale: float = 0.0
+    negative_prompt: str = ""
+    width: int = 0
+    height: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("num_steps", 1, math.inf),
+            ("guidance_scale", 0, 1e4),
+            ("guidance_rescale", 0, 1),
+            ("width", 0, math.inf),
+            ("height", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                wanted = f"at least {least}" if most == math.inf else f"{least} to {most:g}"
+                raise UserError(f"--{name.replace('_', '-')}", f"{value}", wanted=wanted)
+        if self.negative_prompt and self.guidance_scale <= 1:
+            found = f"has no effect at a guidance scale of {self.guidance_scale}"
+            raise UserError("negative prompt", found, wanted="more than 1")
+
+    def check_fits(self, pipeline: Any) -> None:
+        """Refuse what a pipeline cannot do.
+
+        Raises:
+            UserError: more steps than its schedule has timesteps, or a size without latents.
+        """
+        self.size_for(pipeline)
+        most = pipeline.scheduler.config.num_train_timesteps
+        if self.num_steps > most:
+            raise UserError("--num-steps", f"{self.num_steps}", wanted=f"at most {most}")
+
+    def size_for(self, pipeline: Any) -> tuple[int, int]:
+        """Height and width in pixels.
+
+        Raises:
+            UserError: the VAE has no latents of this size.
+        """
+        factor = pipeline.vae_scale_factor
+        own = pipeline.unet.config.sample_size
+        own_height, own_width = (own, own) if isinstance(own, int) else own
+        size = self.height or own_height * factor, self.width or own_width * factor
+        step = max(factor, 8)  # diffusers asks for multiples of 8 whatever the VAE
+        for name, side in zip(("--height", "--width"), size, strict=True):
+            if side % step:
+                raise UserError(name, f"{side}", wanted=f"a multiple of {step}")
+        return size
+
+
+def sample_batch(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+) -> list[np.ndarray]:
+    """Images [H, W, 3] uint8 of one batch, the n-th from the noise of the n-th seed.
+
+    The noise is drawn in float32 on the CPU whatever the pipeline runs in, so that another device
+    or precision changes an image by its rounding alone.
+
+    Args:
+        pipeline: from `load_pipeline`.
+        prompts: one for each image.
+        seeds: likewise.
+        sampling: how.
+
+    Raises:
+        UserError: an image is not finite, or the pipeline cannot do it.
+    """
+    import torch
+
+    sampling.check_fits(pipeline)
+    height, width = sampling.size_for(pipeline)
+    factor = pipeline.vae_scale_factor
+    shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    # SDXL's own null condition is no text at all, zeros; for the others None is the empty prompt.
+    negative = [sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None
+    output = pipeline(
+        list(prompts),
+        negative_prompt=negative,
+        height=height,
+        width=width,
+        latents=noise.to(pipeline.unet.dtype),
+        generator=generators,  # of samplers that draw noise at every step
+        num_inference_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        guidance_rescale=sampling.guidance_rescale,
+        output_type="np",
+    )
+    return [_to_uint8(*pair) for pair in zip(output.images, prompts, strict=True)]
 
 
 def generate(
@@ -21,52 +129,28 @@ def generate(
     prompts: Sequence[str],
     *,
     seed: int = 0,
-    num_steps: int = 20,
-    guidance_scale: float = 3.0,
-    guidance_rescale: float = 0.0,
-    negative_prompt: str = "",
     batch_size: int = 50,
+    **sampling: Any,
 ) -> list[np.ndarray]:
-    """Images [H, W, 3] uint8, one for each prompt, at the U-Net's own size.
-
-    The unconditional branch is the negative prompt, which by default is the empty one: the null
-    condition of training. The image of the n-th prompt starts from the noise of seed + n.
+    """Images [H, W, 3] uint8, one for each prompt; all of them in memory, see `generate_folder`.
 
     Args:
-        pipeline: diffusers `StableDiffusionPipeline`.
+        pipeline: from `load_pipeline`.
         prompts: one for each image.
-        seed: see above.
-        num_steps: of the sampler.
-        guidance_scale: of classifier-free guidance; 1 is off.
-        guidance_rescale: share of the guided prediction whose deviation is brought back to that of
-            the conditional one (arXiv:2305.08891, section 3.4).
-        negative_prompt: what images are guided away from.
+        seed: the n-th image starts from the noise of seed + n.
         batch_size: images at a time.
+        sampling: fields of `Sampling`.
 
     Raises:
-        UserError: an image is not finite; or a negative prompt without guidance, which would do
-            nothing.
+        UserError: see `sample_batch`.
     """
-    import torch
-
-    if negative_prompt and guidance_scale <= 1:
-        found = f"has no effect at a guidance scale of {guidance_scale}"
-        raise UserError("negative prompt", found, wanted="more than 1")
+    how = Sampling(**sampling)
     images: list[np.ndarray] = []
     with tqdm(total=len(prompts), unit="img", desc="sampling", disable=None) as bar:
         for start in range(0, len(prompts), batch_size):
-            part = list(prompts[start : start + batch_size])
+            part = prompts[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(part))
-            output = pipeline(
-                part,
-                negative_prompt=[negative_prompt] * len(part),
-                generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
-                num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                output_type="np",
-            )
-            images += [_to_uint8(*pair) for pair in zip(output.images, part, strict=True)]
+            images += sample_batch(pipeline, part, seeds, how)
             bar.update(len(part))
     return images
 
@@ -77,53 +161,7 @@ def _to_uint8(pixels: np.ndarray, prompt: str) -> np.ndarray:
         raise UserError(
             f"prompt {prompt!r}",
             "its image has pixels that are not numbers",
-            remedy="the weights have diverged: sample an earlier checkpoint",
+            remedy="the weights have diverged: sample an earlier checkpoint; or, in half "
+            "precision, they overflow: --dtype float32",
         )
     return (pixels * 255).round().astype(np.uint8)
-
-
-def read_prompts(named: str, flag: str) -> list[str]:
-    """Prompts from a text file, one in each line, or from a text with semicolons between them.
-
-    Args:
-        named: the file or the text. What ends in .txt, or is one word with a slash, is a file.
-        flag: that it was given with, for errors.
-
-    Raises:
-        UserError: no such file, not a text, or no prompt in it.
-    """
-    is_path = named.endswith(".txt") or ("/" in named and len(named.split()) == 1)
-    text = _read_text(named, flag) if is_path or _is_file(named) else named.replace(";", "\n")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(flag, "no prompt given", wanted="text, or a file with text")
-    return prompts
-
-
-def _is_file(named: str) -> bool:
-    """Of a name without ending; a long prompt would be no valid name at all."""
-    return len(named.encode()) < 256 and Path(named).is_file()
-
-
-def _read_text(named: str, flag: str) -> str:
-    try:
-        return read_bytes(location(named)).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        found = f"no file {named}"
-    except UnicodeDecodeError:
-        found = f"{named} is not UTF-8"
-    raise UserError(flag, found, wanted="a text file with a prompt in each line")
-
-
-def captions_of(dataset: Dataset, num_captions: int) -> list[str]:
-    """Different captions, spread evenly over the dataset's first shards."""
-    captions: dict[str, None] = {}
-    for shard in sorted(dataset.ledger):
-        for row in read_ledger(ledger_path(dataset.path, shard)):
-            if row["status"] == OK:
-                captions[row["caption"]] = None
-        if len(captions) >= 20 * num_captions:
-            break
-    everything = list(captions)
-    stride = max(1, len(everything) // num_captions)
-    return everything[::stride][:num_captions]

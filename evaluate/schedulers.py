@@ -18,6 +18,13 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 DEFAULT_SCHEDULER = "dpm++"
+# What they cannot sample: classes that do not know a prediction raise in mid-image; those without
+# a rescaled schedule pass over it, and leave noise in the image or end in NaN.
+_CANNOT = {
+    "flow_prediction": {"ddim", "ddpm", "euler", "euler-a", "heun", "pndm"},
+    "sample": {"euler-a", "pndm"},
+    "zero terminal SNR": {"heun", "pndm"},
+}
 
 
 def build_scheduler(name: str, schedule: Any) -> Any:
@@ -28,10 +35,17 @@ def build_scheduler(name: str, schedule: Any) -> Any:
         schedule: configuration of any diffusers scheduler; gives betas and prediction type.
 
     Raises:
-        UserError: no scheduler is called so.
+        UserError: no scheduler is called so, or it cannot sample this schedule.
     """
     if name not in SCHEDULERS:
         raise UserError("scheduler", f"{name!r}", wanted=f"one of {', '.join(SCHEDULERS)}")
+    kinds = [schedule.get("prediction_type", "epsilon")]
+    kinds += ["zero terminal SNR"] if schedule.get("rescale_betas_zero_snr") else []
+    for what in kinds:
+        if name in (unable := _CANNOT.get(what, set())):
+            able = ", ".join(other for other in SCHEDULERS if other not in unable)
+            found = f"{name} cannot sample a U-Net trained for {what}"
+            raise UserError("scheduler", found, wanted=f"one of {able}")
     import diffusers
 
     kind, settings = SCHEDULERS[name]

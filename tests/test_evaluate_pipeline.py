@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -5,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from helpers_train import (
     contents_of,
     flags,
@@ -16,10 +25,21 @@ from helpers_train import (
     write_unet,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
-from evaluate.pipeline import find_unet, load_pipeline
+from evaluate.generate import GenerationSettings, settings_of
+from evaluate.pipeline import find_unet, is_pipeline, load_pipeline
+from evaluate.prompts import load_prompts
+from evaluate.sample import generate
 from shards.dataset import Dataset
 from shards.errors import UserError
+from shards.storage import location, write_whole
 from train.main import main
 from train.trainer import Trainer
 
@@ -81,18 +101,11 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_latent_dataset: MakeDataset,
-    model_folder: Path,
-    unet: str,
-) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, latent_dataset: Path, unet: str) -> Path:
     """A run of the command at 32 px, with its average and the samples of its end."""
     folder = tmp_path_factory.mktemp("finished")
-    data = make_latent_dataset(
-        folder / "latents", [9, 6], resolutions=(32,), model=str(model_folder)
-    ).path
-    settings = {"data": data, "output_dir": folder / "run", "unet": unet, "resolution": 32}
+    settings = {"data": latent_dataset, "output_dir": folder / "run", "unet": unet}
+    settings |= {"resolution": 32}
     settings |= {"global_batch_size": 4, "max_steps": 3, "ema_decay": 0.5, "num_samples": 5}
     main(["tiny", *flags(**settings)])
     return folder / "run"
@@ -161,10 +174,10 @@ def test_the_command_ends_with_a_grid_of_samples(finished):
 
 
 def test_a_finished_run_draws_the_same_grid_again_and_changes_nothing(
-    finished, tmp_path, unet, capsys
+    finished, latent_dataset, unet, capsys
 ):
     before = contents_of(finished)
-    settings = {"data": finished.parent / "latents", "output_dir": finished, "unet": unet}
+    settings = {"data": latent_dataset, "output_dir": finished, "unet": unet}
     settings |= {"resolution": 32, "global_batch_size": 4, "max_steps": 3, "ema_decay": 0.5}
     main(["tiny", *flags(**settings, num_samples=5)])
     assert "is at step 3 of 3 already" in capsys.readouterr().out
@@ -185,7 +198,7 @@ def test_a_run_whose_model_is_elsewhere_still_ends_well(
 
 @pytest.mark.parametrize("model", ["nowhere/model", "no-such-folder", "../up/and/away"])
 def test_a_model_folder_that_is_not_there_is_an_error_in_one_line(finished, model):
-    with pytest.raises(UserError, match=r"cannot be loaded as a pipeline .*--model") as refusal:
+    with pytest.raises(UserError, match=r"no such folder.*wanted a diffusers model") as refusal:
         load_pipeline(finished, model, device="cpu")
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith(model)
@@ -208,7 +221,207 @@ def test_damaged_weights_are_an_error_in_one_line(finished, tmp_path, model_fold
     assert str(refusal.value).startswith(str(folder))
 
 
+def test_a_schedule_that_is_none_is_an_error_in_one_line(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("scheduler_config.json"):
+        path.write_text("[3]")
+    with pytest.raises(UserError, match="scheduler: not a schedule") as refusal:
+        load_pipeline(tmp_path / "run", device="cpu")
+    assert "\n" not in str(refusal.value)
+
+
 def test_an_export_without_its_schedule_is_an_error(finished, tmp_path, model_folder):
     shutil.copytree(finished / "unet", tmp_path / "bare" / "unet")
     with pytest.raises(UserError, match=r"no scheduler/scheduler_config.json"):
         load_pipeline(tmp_path / "bare", str(model_folder), device="cpu")
+
+
+# Pipelines of others ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "out"
+    load_pipeline(finished, device="cpu").save_pretrained(out)
+    return out
+
+
+def drop_a_weight(path: Path) -> str:
+    """Take the first tensor out of a file; returns its name."""
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pipeline_that_lacks_a_weight_is_refused(exported, tmp_path, part):
+    """The libraries make up what is missing, with a warning alone."""
+    shutil.copytree(exported, tmp_path / "out")
+    (path,) = (tmp_path / "out" / part).glob("*.safetensors")
+    name = drop_a_weight(path)
+    with pytest.raises(
+        UserError, match=f"{part}: cannot be loaded .1 weights missing: "
+    ) as refusal:
+        load_pipeline(tmp_path / "out", device="cpu")
+    assert name.removeprefix("text_model.") in str(refusal.value)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    folder = find_unet(tmp_path / "run")
+    name = drop_a_weight(folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=f"lacks 1 weights .* first {name}"):
+        load_pipeline(tmp_path / "run", device="cpu")
+
+
+def test_a_checkpoint_of_another_shape_is_refused_in_one_line(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = find_unet(tmp_path / "run") / "config.json"
+    path.write_text(
+        path.read_text().replace('"block_out_channels": [\n  32', '"block_out_channels": [\n  48')
+    )
+    with pytest.raises(UserError, match="cannot be loaded") as refusal:
+        load_pipeline(tmp_path / "run", device="cpu")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"_class_name": "FluxPipeline"}', "is a FluxPipeline; wanted StableDiffusionPipeline or"),
+        ("{}", "is a None; wanted StableDiffusionPipeline or StableDiffusionXLPipeline"),
+        ("{", "model_index.json: cannot be read"),
+    ],
+)
+def test_a_pipeline_of_another_kind_is_refused_by_its_name(exported, tmp_path, index, message):
+    shutil.copytree(exported, tmp_path / "out")
+    (tmp_path / "out" / "model_index.json").write_text(index)
+    with pytest.raises(UserError, match=message):
+        load_pipeline(tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("lost", ["vae", "text_encoder", "tokenizer", "scheduler", "unet"])
+def test_a_pipeline_without_one_of_its_parts_is_refused(exported, tmp_path, lost):
+    shutil.copytree(exported, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / lost)
+    with pytest.raises(UserError, match=lost):
+        load_pipeline(tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"model": "a/b"}, {"weights": "ema"}])
+def test_what_a_run_alone_has_is_refused_for_a_pipeline(exported, options):
+    with pytest.raises(UserError, match=r"is no run; wanted nothing"):
+        load_pipeline(exported, **options, device="cpu")
+
+
+@pytest.mark.parametrize("source", ["runs/nowhere", "owner/name@main"])
+def test_what_is_neither_a_folder_nor_on_the_hub_is_said_to_be_neither(source):
+    with pytest.raises(
+        UserError, match=f"{source}: no such folder, and not to be had from the hub"
+    ):
+        load_pipeline(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("euler", EulerDiscreteScheduler), ("ddim", DDIMScheduler)]
+)
+def test_the_sampler_asked_for_runs_on_the_same_schedule(finished, exported, name, kind):
+    for source in (finished, exported):
+        scheduler = load_pipeline(source, device="cpu", scheduler=name).scheduler
+        assert isinstance(scheduler, kind)
+        assert scheduler.config.prediction_type == "v_prediction"
+        assert scheduler.config.timestep_spacing == "trailing"
+
+
+def test_a_pipeline_that_was_saved_in_half_precision_runs_in_the_dtype_asked_for(
+    exported, tmp_path
+):
+    StableDiffusionPipeline.from_pretrained(exported, torch_dtype=torch.float16).save_pretrained(
+        tmp_path / "half"
+    )
+    pipeline = load_pipeline(tmp_path / "half", device="cpu")
+    assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float32}
+    assert pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.float32
+    with pytest.raises(UserError, match="dtype: 'float8'; wanted one of float32"):
+        load_pipeline(exported, dtype="float8")
+    with pytest.raises(UserError, match="--device: cuda:99"):
+        load_pipeline(exported, device="cuda:99")
+
+
+def test_a_run_behind_a_url_is_what_it_is_on_a_disk(finished):
+    url = location("memory://runs/finished")
+    for name, data in contents_of(finished).items():
+        write_whole(url / name, lambda path, data=data: path.write_bytes(data))
+    here, there = (load_pipeline(source, device="cpu") for source in (finished, url))
+    assert settings_of(here, ["a"], GenerationSettings()) == settings_of(
+        there, ["a"], GenerationSettings()
+    )
+    newest = url / "checkpoints" / newest_checkpoint(finished).name
+    assert load_prompts("held-out", str(newest)) == load_prompts("held-out", str(finished))
+    assert not is_pipeline(url)
+
+
+def test_a_pipeline_with_a_safety_checker_is_loaded_without_it(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    path = tmp_path / "out" / "model_index.json"
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "safety_checker": checker}))
+    assert load_pipeline(tmp_path / "out", device="cpu").safety_checker is None
+
+
+@pytest.fixture(scope="module")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A tiny SDXL: two text encoders, the second with a projection, and size embeddings."""
+    text = CLIPTextConfig.from_pretrained(model_folder / "text_encoder")
+    text.projection_dim = 32
+    tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=2 * text.hidden_size,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+    folder = tmp_path_factory.mktemp("xl") / "xl"
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(model_folder / "vae"),
+        text_encoder=CLIPTextModel(text),
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_sdxl_is_sampled_as_diffusers_samples_it(xl_folder):
+    ours = load_pipeline(xl_folder, device="cpu", scheduler="euler")
+    assert isinstance(ours, StableDiffusionXLPipeline)
+    assert ours.config.force_zeros_for_empty_prompt
+    (image,) = generate(ours, ["a red circle"], seed=5, num_steps=3, guidance_scale=5.0)
+    theirs = StableDiffusionXLPipeline.from_pretrained(xl_folder)
+    theirs.set_progress_bar_config(disable=True)
+    output = theirs(
+        "a red circle",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    )
+    expected = (output.images[0] * 255).round().astype(np.uint8)
+    assert image.shape == (64, 64, 3)
+    assert np.abs(image.astype(int) - expected).max() <= 1
+
+
+def test_sdxl_is_no_model_for_a_run(finished, xl_folder):
+    with pytest.raises(UserError, match="has 2 text encoders; wanted the one"):
+        load_pipeline(finished, str(xl_folder), device="cpu")

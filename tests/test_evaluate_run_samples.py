@@ -14,8 +14,9 @@ from PIL import Image
 
 from evaluate.__main__ import main
 from evaluate.assemble import assemble
+from evaluate.prompts import read_prompts
 from evaluate.run_samples import SampleGrids
-from evaluate.sample import generate, read_prompts
+from evaluate.sample import generate
 from shards.errors import UserError
 from shards.storage import location
 from train.config import TrainConfig
@@ -199,7 +200,7 @@ def test_the_model_is_loaded_once_and_no_unet_is_kept(tmp_path, model_folder, un
         loaded.append(model)
         return assemble(unet, scheduler_config, model)
 
-    monkeypatch.setattr("evaluate.run_samples.assemble", assemble_and_count)
+    monkeypatch.setattr("evaluate.run_pipeline.assemble", assemble_and_count)
     config = config_of(tmp_path)
     grids = SampleGrids(config, str(model_folder), CAPTIONS)
     before = unets_in_memory()
@@ -231,7 +232,7 @@ def test_a_model_that_is_elsewhere_is_said_once(tmp_path, unets):
     for _ in range(2):
         assert grids.observe(trainer) == {}
     (line,) = trainer.said
-    assert line.startswith(f"no sample grid: {tmp_path / 'gone'}: cannot be loaded as a pipeline")
+    assert line.startswith(f"no sample grid: {tmp_path / 'gone'}: no such folder")
     assert trainer.asked == ["raw", "ema"] * 2, "the other processes wait for that"
     assert not (tmp_path / "run").exists()
 

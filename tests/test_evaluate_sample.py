@@ -11,7 +11,8 @@ from PIL import Image
 from evaluate.__main__ import main
 from evaluate.grid import write_grid
 from evaluate.pipeline import load_pipeline
-from evaluate.sample import captions_of, generate
+from evaluate.prompts import captions_of
+from evaluate.sample import generate
 from shards.dataset import Dataset
 
 MakeDataset = Callable[..., Dataset]
@@ -172,7 +173,7 @@ def test_the_command_as_a_process_ends_with_status_2_and_one_line(tmp_path):
     [
         ({"prompts": " ; ;"}, "--prompts: no prompt given"),
         ({"weights": "ema"}, "no ema U-Net"),
-        ({"model": "gone/away"}, "gone/away: cannot be loaded as a pipeline"),
+        ({"model": "gone/away"}, "gone/away: no such folder"),
         ({"num_steps": 0}, "--num-steps"),
     ],
 )

@@ -28,7 +28,17 @@ def strangers() -> set[str]:
 
 
 def test_every_package_is_there_with_modules_in_it():
-    assert {"shards", "precompute", "train", "evaluate", "benchmarks", "examples"} <= set(PACKAGES)
+    wanted = {
+        "shards",
+        "precompute",
+        "train",
+        "evaluate",
+        "serve",
+        "benchmarks",
+        "examples",
+        "deploy",
+    }
+    assert wanted <= set(PACKAGES)
     assert all(len(modules_of(package)) > 1 for package in PACKAGES)
     assert {"torch", "PIL", "numpy", "logging"} <= strangers()
 
@@ -78,8 +88,15 @@ COMMANDS = [
     ("-m", "shards", "verify"),
     ("-m", "evaluate"),
     ("-m", "evaluate", "sample"),
+    ("-m", "evaluate", "guidance"),
+    ("-m", "serve"),
+    ("-m", "serve", "run"),
+    ("-m", "serve", "up"),
+    ("-m", "train.sweep"),
     ("-m", "benchmarks"),
     ("-m", "benchmarks", "loader"),
+    ("-m", "benchmarks", "latency"),
+    ("-m", "benchmarks", "load"),
     ("-m", "examples.demo"),
     ("-m", "examples.scenes"),
 ]

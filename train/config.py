@@ -9,12 +9,14 @@ from typing import Any, Literal
 _COUNTS = (
     *("resolution", "max_steps", "global_batch_size", "shuffle_window", "ema_every"),
     *("log_every", "checkpoint_every", "keep_checkpoints", "sample_steps", "online_workers"),
+    "eval_steps",
 )
 _NOT_NEGATIVE = (
     *("seed", "num_partitions", "min_snr_gamma", "offset_noise"),
     *("learning_rate", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"),
     *("cache_gib", "ema_start_step", "keep_every", "max_restarts"),
     *("validation_samples", "validation_every", "num_samples", "sample_every", "sample_guidance"),
+    *("eval_images", "eval_every"),
 )
 _FRACTIONS = ("caption_drop_prob", "flip_prob", "final_lr_frac", "ema_decay", "sample_rescale")
 
@@ -180,6 +182,18 @@ class TrainConfig:
     """Rescale guided predictions (arXiv:2305.08891); 0.7 goes with --zero-terminal-snr."""
     sample_steps: int = 20
     """Steps of the sampler."""
+    eval_images: int = 0
+    """Images to measure FID, KID and CLIP score on, from captions that are held out, against their
+    latents decoded by the VAE; 0 measures none. Small: all processes wait meanwhile."""
+    eval_every: int = 0
+    """Steps between two such measurements; 0: at the end alone."""
+    eval_guidance: tuple[float, ...] = (3.0,)
+    """Scales of classifier-free guidance to measure at."""
+    eval_steps: int = 20
+    """Steps of the sampler."""
+    eval_features: str = "examples/tiny-clip"
+    """Network of FID and KID, and of the CLIP score where it is a CLIP: a folder or hub id, or what
+    else `python -m evaluate metrics --features` takes. The default knows drawn scenes alone."""
     model: str = ""
     """Model folder or hub id of the encoders; default: the one that the dataset was made with."""
 
@@ -211,6 +225,9 @@ class TrainConfig:
             raise ValueError("--micro-batch-size must be auto or at least 0")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError("--adam-betas must be at least 0 and below 1")
+        scales = self.eval_guidance
+        if not scales or not all(0 <= scale < math.inf for scale in scales):
+            raise ValueError("--eval-guidance must be scales, finite and at least 0")
         if not 0 < self.snr_shift < math.inf:
             raise ValueError("--snr-shift must be finite and above 0")
         for wrong, why in self._contradictions():
@@ -272,7 +289,7 @@ class TrainConfig:
             *("batched_projections", "conv_search", "cuda_graph"),
             *("checkpoint_every", "keep_checkpoints", "keep_every", "checkpoint_format"),
             *("checkpoint_in_background", "max_restarts", "num_samples"),
-            *(name for name in self.__dataclass_fields__ if name.startswith("sample_")),
+            *(n for n in self.__dataclass_fields__ if n.startswith(("sample_", "eval_"))),
         }
         if self.lr_schedule == "constant":
             free.add("max_steps")

@@ -203,7 +203,7 @@ def open_latents(
         )
 
     def captions(count: int) -> list[str]:
-        from evaluate.sample import captions_of
+        from evaluate.prompts import captions_of
 
         return captions_of(dataset, count)
 
@@ -274,23 +274,22 @@ def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def build_observers(config: TrainConfig, source: Source) -> list[Observer]:
-    """Validation and sample grids, as far as they are wanted and possible."""
+    """Validation, sample grids and metrics, as far as they are wanted and possible."""
     from train.validation import Validation
 
     observers: list[Observer] = []
-    if source.held_out and source.held_out.num_held_out:
-        observers.append(
-            Validation(
-                source.held_out.iter_held_out,
-                source.held_out.num_held_out,
-                every=config.validation_every,
-            )
-        )
+    held_out, every = source.held_out, config.validation_every
+    if held_out and held_out.num_held_out:
+        observers.append(Validation(held_out.iter_held_out, held_out.num_held_out, every=every))
     if config.num_samples:
         from evaluate.run_samples import SampleGrids
 
         captions = [] if config.sample_prompts else source.captions(config.num_samples)
         observers.append(SampleGrids(config, source.model, captions))
+    if config.eval_images:
+        from evaluate.run_metrics import build_run_metrics
+
+        observers.append(build_run_metrics(config, source.model, source.batches, held_out))
     return observers
 
 

@@ -10,7 +10,7 @@ from benchmarks.report.number_format import quantity
 from benchmarks.report.sources import Document
 
 _SHOWN_APART = ("format", "theme", "variant", "protocol", "environment")
-_NAMES = ("rung", "unet", "resolution", "verdict", "not_measured")  # of rows
+_NAMES = ("load", "rung", "unet", "resolution", "verdict", "not_measured")  # of rows
 
 
 def generic_card(document: Document) -> Card:

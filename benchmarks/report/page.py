@@ -11,6 +11,7 @@ from benchmarks.report.arms import arms_card, headline_cards, totals_cards
 from benchmarks.report.blocks import Card, Picture, Section
 from benchmarks.report.data import loader_card, order_card, stage_one_card
 from benchmarks.report.generic import generic_card
+from benchmarks.report.latency import latency_card
 from benchmarks.report.number_format import counted
 from benchmarks.report.pictures import BUDGET_BYTES, load_picture
 from benchmarks.report.provenance import provenance_card
@@ -80,6 +81,15 @@ _SECTIONS: tuple[tuple[Section, dict[str, Draw]], ...] = (
             "from the page cache, so disks and networks are not part of it.",
         ),
         {"loader": loader_card, "precompute": stage_one_card, "order": order_card},
+    ),
+    (
+        Section(
+            anchor="latency",
+            title="Latency",
+            says="What a call of the pipeline takes, from prompts to pixels in the host's memory, "
+            "the arms in turns; its parts are timed apart. Counts hold on any machine.",
+        ),
+        {"latency": latency_card},
     ),
     (
         Section(

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
+import tyro
+
+from evaluate.schedulers import DEFAULT_SCHEDULER
 from shards.errors import UserError
-
-TINY_MODEL = "examples/tiny-model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Settings of `python -m evaluate sample`."""
 
-    run: str
-    """Folder of a training run, or one of its checkpoints."""
+    source: Annotated[str, tyro.conf.arg(aliases=["--run"])]
+    """A training run or one of its checkpoints, an exported pipeline, or a hub id."""
     prompts: str
     """Prompts, separated by semicolons, or the name of a text file with one in each line."""
     negative_prompt: str = ""
     """What the images are to lack."""
-    model: str = TINY_MODEL
-    """Model folder or hub id that the run's dataset was encoded with."""
+    model: str = ""
+    """Model folder or hub id of a run's encoders; default: those that it was trained with."""
     out: str = ""
     """The PNG; default: samples.png in the run."""
+    scheduler: str = DEFAULT_SCHEDULER
+    """The sampler: dpm++, ddim, ddpm, euler, euler-a, heun, pndm or unipc."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """auto takes the averaged weights where there are any."""
     guidance_scale: float = 3.0
@@ -32,7 +35,11 @@ class SampleConfig:
     guidance_rescale: float = 0.0
     """Rescale guided predictions (arXiv:2305.08891); 0.7 is usual at zero terminal SNR."""
     num_steps: int = 20
-    """Steps of DPM-Solver++."""
+    """Of the sampler."""
+    width: int = 0
+    """In pixels; 0: the U-Net's own."""
+    height: int = 0
+    """In pixels; 0: the U-Net's own."""
     seed: int = 0
     """The n-th prompt starts from the noise of seed + n."""
 
@@ -40,23 +47,31 @@ class SampleConfig:
 def run(config: SampleConfig) -> None:
     """Write the grid and say where it is."""
     from evaluate.grid import write_grid
-    from evaluate.pipeline import load_pipeline
-    from evaluate.sample import generate, read_prompts
+    from evaluate.pipeline import is_pipeline, load_pipeline
+    from evaluate.prompts import read_prompts
+    from evaluate.sample import Sampling, generate
+    from shards.storage import location
 
+    source = location(config.source)
+    if not config.out and is_pipeline(source):
+        raise UserError("--out", "not given, and the source is no run", wanted="a PNG to write")
+    out = location(config.out) if config.out else source / "samples.png"
     prompts = read_prompts(config.prompts, "--prompts")
-    if config.num_steps < 1:
-        raise UserError("--num-steps", f"{config.num_steps}", wanted="at least 1")
-    if not 0 <= config.guidance_rescale <= 1:
-        raise UserError("--guidance-rescale", f"{config.guidance_rescale}", wanted="0 to 1")
-    out = Path(config.out or Path(config.run) / "samples.png")
-    images = generate(
-        load_pipeline(config.run, config.model, weights=config.weights),
-        prompts,
-        seed=config.seed,
+    sampling = Sampling(
         num_steps=config.num_steps,
         guidance_scale=config.guidance_scale,
         guidance_rescale=config.guidance_rescale,
         negative_prompt=config.negative_prompt,
+        width=config.width,
+        height=config.height,
     )
+    pipeline = load_pipeline(
+        config.source,
+        config.model,
+        weights=config.weights,
+        scheduler=config.scheduler,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    images = generate(pipeline, prompts, seed=config.seed, **asdict(sampling))
     write_grid(out, images, prompts)
     print(out)

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from evaluate.commands.sample import TINY_MODEL
 from shards.errors import UserError
 
 
@@ -18,8 +17,8 @@ class ScenesConfig:
     """Folder of a training run, or one of its checkpoints."""
     scenes: str
     """Folder with image shards of scenes; their captions are the prompts."""
-    model: str = TINY_MODEL
-    """Model folder that the run's dataset was encoded with."""
+    model: str = ""
+    """Model folder that the run's dataset was encoded with; default: the one that the run names."""
     num_images: int = 200
     """Pictures to generate."""
     weights: Literal["auto", "ema", "raw"] = "auto"

@@ -1,0 +1,1 @@
+"""How long an image takes: the plain diffusers pipeline beside ours."""

@@ -1,0 +1,1 @@
+"""A Ray cluster with an encoder pool and a trainer pool."""

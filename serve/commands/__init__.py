@@ -1,0 +1,1 @@
+"""The commands of `python -m serve`: a module each, with its settings and `run`."""

@@ -1,0 +1,65 @@
+"""Safety checkers: what decides that an image is not to be shown."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import UserError
+
+# Images [B, H, W, 3] uint8 in, one flag for each out.
+SafetyChecker = Callable[[np.ndarray], Sequence[bool]]
+
+
+def load_checker(named: str, device: str) -> SafetyChecker | None:
+    """The safety checker of a device.
+
+    Args:
+        named: `module:factory`, where `factory(device)` returns a `SafetyChecker`; or a folder with
+            a diffusers `StableDiffusionSafetyChecker`; or empty: none.
+        device: of the pipeline.
+
+    Raises:
+        UserError: it is neither, or cannot be loaded.
+    """
+    if not named:
+        return None
+    if Path(named).is_dir():
+        return _load_folder(Path(named), device)
+    module_name, _, factory_name = named.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            "--safety-checker",
+            f"{named!r} cannot be loaded ({error})",
+            wanted="module:factory, or a folder with a StableDiffusionSafetyChecker",
+        ) from None
+    checker: SafetyChecker = factory(device)
+    return checker
+
+
+def _load_folder(folder: Path, device: str) -> SafetyChecker:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessor
+
+    try:
+        model = StableDiffusionSafetyChecker.from_pretrained(folder).eval().to(device)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(folder, f"cannot be loaded as a safety checker ({reason})") from None
+    side = model.config.vision_config.image_size
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+
+    def check(pictures: np.ndarray) -> list[bool]:
+        inputs: Any = processor(list(pictures), return_tensors="pt")
+        _, flags = model(clip_input=inputs.pixel_values.to(device), images=list(pictures))
+        return [bool(flag) for flag in flags]
+
+    return check
