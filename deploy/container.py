@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from shards.errors import UserError, reported
 
 _MODULES = ("precompute", "serve", "evaluate", "benchmarks", "shards")
-PORT = 8080
+_DEFAULT_PORT = 8000  # of `python -m serve run`
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,12 +71,15 @@ def is_healthy(init: Path = Path("/proc/1/cmdline")) -> bool:
         init: command line of the container's first process.
     """
     words = [os.fsdecode(word) for word in init.read_bytes().split(b"\0")]
-    if "serve" not in words:
+    if ("serve", "run") not in pairwise(words):
         return True
+    import argparse
     import urllib.error
     import urllib.request
 
-    port = words[words.index("--port") + 1] if "--port" in words else str(PORT)
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--port", default=_DEFAULT_PORT)
+    port = flags.parse_known_args(words)[0].port
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5) as reply:
             return bool(reply.status == 200)

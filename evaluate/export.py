@@ -69,10 +69,20 @@ def export_pipeline(
     """
     if is_pipeline(location(export.run)):
         raise UserError(export.run, "is a pipeline already", wanted="a training run or checkpoint")
+    _refuse_inside(out, archive)
     with _new_folder(out) as folder:
         _save(export, folder, say)
         if archive:
             write_whole(location(archive), partial(_pack, folder))
+
+
+def _refuse_inside(out: str, archive: str) -> None:
+    """The folder gets its name once it is whole; an archive in it would have taken that before."""
+    folder, file = location(out), location(archive)
+    if not (out and isinstance(folder, Path) and isinstance(file, Path)):
+        return
+    if folder.resolve() in file.resolve().parents:
+        raise UserError("--archive", f"{archive} is inside {out}", wanted="another folder")
 
 
 def _save(export: Export, folder: Path, say: Callable[[str], object]) -> None:
@@ -118,7 +128,7 @@ def _new_folder(out: str) -> Iterator[Path]:
     What a killed export left under the temporary name is removed by the next.
     """
     if not out:
-        with TemporaryDirectory(prefix="latentmill-") as scratch:
+        with TemporaryDirectory(prefix="latentmill-") as scratch, _storage_errors(scratch, "TMPDIR"):
             yield Path(scratch)
         return
     path = _local(location(out))
@@ -128,15 +138,25 @@ def _new_folder(out: str) -> Iterator[Path]:
     with sole_writer(temporary):
         _clear(temporary)
         try:
-            yield temporary
-            _sync(temporary)
-            temporary.rename(path)
-        except OSError as error:
-            found = f"cannot be written ({error.strerror or error})"
-            raise StorageError(path, found, remedy="free space, or another --out") from error
+            with _storage_errors(path, "--out"):
+                yield temporary
+                _sync(temporary)
+                temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def _storage_errors(path: Path | str, other: str) -> Iterator[None]:
+    """A full disk is told by an `OSError`, or, where safetensors writes, by its own error."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise StorageError(path, found, remedy=f"free space, or another {other}") from error
 
 
 def _local(out: Location) -> Path:

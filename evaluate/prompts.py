@@ -64,8 +64,8 @@ def load_prompts(named: str, source: str, *, num_images: int = 0, seed: int = 0)
     Raises:
         UserError: they cannot be read, or there are none.
     """
-    kind, _, rest = named.partition(":")
-    if kind == COCO and rest:
+    kind, colon, rest = named.partition(":")
+    if kind == COCO and colon:
         return coco_prompts(rest, num_images or COCO_NUM_IMAGES, seed)
     if kind == HELD_OUT:
         run = TrainingRun(location(source))
@@ -86,6 +86,8 @@ def read_prompts(named: str, flag: str) -> list[str]:
     Raises:
         UserError: no such file, not a text, or no prompt in it.
     """
+    if not _is_unicode(named):
+        raise UserError(flag, f"{named!r} is not UTF-8", wanted="text, or a file with text")
     is_path = named.endswith(".txt") or ("/" in named and len(named.split()) == 1)
     text = _read_text(named, flag) if is_path or _is_file(named) else named.replace(";", "\n")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
@@ -99,11 +101,20 @@ def _is_file(named: str) -> bool:
     return len(named.encode()) < 256 and Path(named).is_file()
 
 
+def _is_unicode(text: str) -> bool:
+    """Bytes of a command line that are no UTF-8 come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_text(named: str, flag: str, wanted: str = _A_PROMPT_A_LINE) -> str:
     try:
         return read_bytes(location(named)).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        found = f"no file {named}"
+        found = f"no file {named}" if named else "names no file"
     except UnicodeDecodeError:
         found = f"{named} is not UTF-8"
     raise UserError(flag, found, wanted=wanted)
@@ -118,12 +129,14 @@ def _jsonl_prompts(named: str) -> Prompts:
         try:
             row = json.loads(line)
             text = row["prompt"] if "prompt" in row else row["caption"]
+            key = "" if row.get("key") is None else str(row["key"])
+            is_text = isinstance(text, str) and _is_unicode(text + key)
         except (ValueError, TypeError, KeyError, RecursionError):
-            text = None
-        if not isinstance(text, str):
+            is_text = False
+        if not is_text:
             raise UserError(f"{named}, line {number}", f"no prompt: {line[:80]}", wanted=wanted)
         texts.append(text)
-        keys.append(str(row.get("key", "")))
+        keys.append(key)
     if not texts:
         raise UserError(named, "no prompts", wanted=wanted)
     return Prompts(texts, keys if any(keys) else [])
@@ -198,7 +211,8 @@ def _read_coco(path: str) -> dict[int, list[tuple[int, str]]]:
     try:
         document: Any = json.loads(_read_text(path, "--prompts", wanted))
         for row in document["annotations"]:
-            captions[int(row["image_id"])].append((int(row["id"]), row["caption"] + ""))
+            str.encode(row["caption"])  # raises where it is no text, or half a surrogate pair
+            captions[int(row["image_id"])].append((int(row["id"]), row["caption"]))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(path, f"not captions of COCO ({error!r})", wanted=wanted) from None
     return captions

@@ -31,53 +31,70 @@ def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], num_workers: int, addr
     Raises:
         UserError: no Ray, no cluster there, a shard cannot be encoded, or the model not loaded.
     """
-    with _connected(address):
+    with connected(address, _PACKAGES, "--engine ray"):
         from precompute.ray_engine import run_actors
 
         yield from run_actors(spec, tasks, num_workers)
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """A connection to a cluster; without an address to a Ray of our own, for this machine alone."""
+def connected(
+    address: str, packages: Sequence[str], wanted_by: str, **own_options: Any
+) -> Iterator[Any]:
+    """Ray: of a cluster, or without an address of our own and for this machine alone.
+
+    Args:
+        address: `auto` or host:port; empty: a Ray that ends with this connection.
+        packages: of this repository, for the machines of a cluster, which have what those need.
+        wanted_by: flag, for the error where Ray is not installed.
+        own_options: of `ray.init`, for a Ray of our own.
+
+    Raises:
+        UserError: no Ray, or no cluster there.
+    """
     settings = _QUIET if address else _QUIET | _THIS_MACHINE_ALONE
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    ray = _import_ray()
+    ray = import_ray(wanted_by)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
-        _expect_listener(address)
+        expect_listener(address)
         # The machines of a cluster have the packages that we need, and not us.
         here = Path(__file__).parent.parent
-        packages = [str(here / name) for name in _PACKAGES]
-        options |= {"address": address, "runtime_env": {"py_modules": packages}}
+        folders = [str(here / name) for name in packages]
+        options |= {"address": address, "runtime_env": {"py_modules": folders}}
     else:
-        options |= {"include_dashboard": False}
+        # An empty address is RAY_ADDRESS, or a cluster that happens to be there.
+        options |= {"address": "local", "include_dashboard": False, **own_options}
     try:
         with _own_signals():
-            # An empty address is RAY_ADDRESS, or a cluster that happens to be there.
-            ray.init(**{"address": "local", **options})
+            ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(address, str(error).strip().splitlines()[0]) from None
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
 
 
-def _import_ray() -> Any:
+def import_ray(wanted_by: str) -> Any:
+    """Ray, or the error that says how to get it."""
     try:
         import ray
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         remedy = ".venv/bin/pip install ray"
-        raise UserError("--engine ray", "Ray is not installed", remedy=remedy) from None
+        raise UserError(wanted_by, "Ray is not installed", remedy=remedy) from None
     return ray
 
 
-def _expect_listener(address: str) -> None:
-    """Ray itself tries for more than a minute, and then ends the process."""
+def expect_listener(address: str) -> None:
+    """Refuse an address where nobody listens: Ray tries for minutes, and ends the process.
+
+    Raises:
+        UserError: nobody does.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return  # `auto`, or what Ray alone understands

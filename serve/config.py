@@ -51,7 +51,7 @@ class Defaults:
 
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 5.0
+    guidance: float = 3.0
     """Guidance scale."""
     scheduler: str = DEFAULT_SCHEDULER
     """Sampler; see `evaluate/schedulers.py`."""

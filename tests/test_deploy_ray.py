@@ -110,7 +110,7 @@ def launch(address: str, *arguments: object) -> subprocess.CompletedProcess[str]
             sys.executable,
             "-m",
             "deploy.ray_cluster.train",
-            "--address",
+            "--ray-address",
             address,
             *map(str, arguments),
         ],

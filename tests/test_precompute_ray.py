@@ -65,7 +65,7 @@ def own_ray() -> Iterator[None]:
         import ray
 
         patch.setattr(ray, "init", partial(ray.init, num_cpus=2))
-        with precompute.ray_cluster._connected(""):
+        with precompute.ray_cluster.connected("", ["shards"], "--engine ray"):
             yield
 
 
@@ -78,7 +78,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., None]:
     """`run(**options)`: the job with two actors."""
-    monkeypatch.setattr("precompute.ray_cluster._connected", lambda _: nullcontext())
+    monkeypatch.setattr("precompute.ray_cluster.connected", lambda *_: nullcontext())
 
     def run(**options: Any) -> None:
         defaults: dict[str, Any] = {"engine": "ray", "workers": 2}

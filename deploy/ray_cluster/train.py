@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,13 +21,13 @@ from typing import Any
 import tyro
 
 from deploy.launch import Nodes, num_devices, trainer_command
+from precompute.ray_cluster import expect_listener, import_ray
 from shards.errors import UserError, reported
 from shards.stop import StopOnSignal
 
 _TRAINER = "trainer"
 _TICK_SEC = 1.0
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-_REACH_SEC = 10.0  # for a cluster to answer
 _PROGRAM = "python -m deploy.ray_cluster.train"
 # What the user must put right; `shards.errors.reported` ends with it.
 _USER_ERROR = 2
@@ -42,7 +41,7 @@ class RayTrainConfig:
     """Machines with the resource `trainer`; waits until the cluster has as many."""
     processes: int = 0
     """On each of them; 0: one for each GPU."""
-    address: str = "auto"
+    ray_address: str = "auto"
     """Of the cluster: auto, or host:port."""
     max_failures: int = 3
     """Go on from the last checkpoint after a failure, this many times."""
@@ -63,14 +62,14 @@ def run(config: RayTrainConfig, arguments: list[str]) -> None:
     Raises:
         UserError: no Ray, no cluster, or no more attempts.
     """
-    ray = _import_ray()
+    ray = import_ray(_PROGRAM)
     if not arguments:
         raise UserError("--", "nothing after it", wanted="arguments of train/main.py")
-    _expect_listener(config.address)
+    expect_listener(config.ray_address)
     try:
-        ray.init(address=config.address, logging_level="ERROR")
+        ray.init(address=config.ray_address, logging_level="ERROR")
     except ConnectionError as error:
-        raise UserError(f"--address {config.address}", f"no Ray there ({error})") from None
+        raise UserError(f"--address {config.ray_address}", f"no Ray there ({error})") from None
     try:
         # After Ray's own handlers, which would end the process at once.
         with StopOnSignal() as stop:
@@ -84,29 +83,6 @@ def run(config: RayTrainConfig, arguments: list[str]) -> None:
     finally:
         ray.shutdown()
     raise UserError("--max-failures", f"{config.max_failures + 1} attempts failed")
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.util
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        remedy = ".venv/bin/pip install ray"
-        raise UserError(_PROGRAM, "Ray is not installed", remedy=remedy) from None
-    return ray
-
-
-def _expect_listener(address: str) -> None:
-    """Ray itself tries for minutes, and then ends the process."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return  # `auto`
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH_SEC).close()
-    except OSError as error:
-        raise UserError(f"--address {address}", f"no Ray there ({error})") from None
 
 
 def _attempt(config: RayTrainConfig, arguments: list[str], stop: StopOnSignal) -> int:
@@ -172,6 +148,7 @@ class Machine:
         # Ray hides the GPUs from an actor that asks for none; the machine is ours all the same.
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_stopping = False
 
     def address(self) -> str:
         """Where the other machines reach this one."""
@@ -184,10 +161,13 @@ class Machine:
         """Until torchrun has ended; its status."""
         command = trainer_command(arguments, num_processes=processes or num_devices(), nodes=nodes)
         self._process = subprocess.Popen(command, preexec_fn=_end_with_parent)
+        if self._is_stopping:  # it was asked while torch was looking for GPUs
+            self.stop()
         return self._process.wait()
 
     def stop(self) -> None:
         """The step in progress ends, and a checkpoint is written."""
+        self._is_stopping = True
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
 

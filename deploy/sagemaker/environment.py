@@ -73,10 +73,14 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
         )
     resources = _read(config / "resourceconfig.json")
     hosts = _json(variables, "SM_HOSTS", resources.get("hosts", ["algo-1"]))
+    if not (isinstance(hosts, list) and hosts and all(isinstance(host, str) for host in hosts)):
+        raise UserError("SM_HOSTS", f"{hosts!r}", wanted="a JSON list of names")
     current = variables.get("SM_CURRENT_HOST") or resources.get("current_host", hosts[0])
     if current not in hosts:
         raise UserError("SM_CURRENT_HOST", current, wanted=f"one of {', '.join(hosts)}")
     num_gpus = variables.get("SM_NUM_GPUS", "")
+    if num_gpus and not num_gpus.isdecimal():
+        raise UserError("SM_NUM_GPUS", num_gpus, wanted="a number")
     return Environment(
         hyperparameters=_hyperparameters(variables, config),
         channels=_channels(variables, config, base),

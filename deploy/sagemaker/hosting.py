@@ -25,7 +25,7 @@ def server_command(variables: Mapping[str, str]) -> list[str]:
             where SageMaker unpacks the archive; LATENTMILL_SERVE_ARGS adds flags of the server.
 
     Raises:
-        UserError: neither an archive nor a source.
+        UserError: neither an archive nor a source, or flags with a quote that does not end.
     """
     folder = Path(variables.get("SAGEMAKER_BASE_DIR") or "/opt/ml") / "model"
     source = variables.get(SOURCE, "")
@@ -36,9 +36,13 @@ def server_command(variables: Mapping[str, str]) -> list[str]:
             wanted="a diffusers pipeline, which a training job leaves in model.tar.gz",
             remedy=f"ModelDataUrl, or {SOURCE}=<folder, URL or hub id> in the model's environment",
         )
+    try:
+        more = shlex.split(variables.get(ARGUMENTS, ""))
+    except ValueError as error:
+        raise UserError(ARGUMENTS, f"{variables[ARGUMENTS]!r} ({error})") from None
     return [
         *(sys.executable, "-m", "serve", "run", "--source", source or str(folder)),
         *("--host", "0.0.0.0", "--port", variables.get("SAGEMAKER_BIND_TO_PORT") or "8080"),
         *("--allow-anonymous", "--timeout-sec", str(_TIMEOUT_SEC), "--drain-sec", str(_DRAIN_SEC)),
-        *shlex.split(variables.get(ARGUMENTS, "")),
+        *more,
     ]

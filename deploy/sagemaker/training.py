@@ -50,12 +50,15 @@ def run(environment: Environment) -> int:
         UserError: channels or hyperparameters that the trainer cannot take.
     """
     settings = settings_of(environment)
-    max_restarts = int(settings.pop("max_restarts", "0"))
+    max_restarts = settings.pop("max_restarts", "0")
+    if not max_restarts.isdecimal():
+        wanted = "a number, 0 or more"
+        raise UserError("hyperparameter max_restarts", repr(max_restarts), wanted=wanted)
     command = trainer_command(
         trainer_flags(settings),
         num_processes=environment.num_gpus or num_devices(),
         nodes=Nodes(len(environment.hosts), environment.rank, environment.hosts[0]),
-        max_restarts=max_restarts,
+        max_restarts=int(max_restarts),
     )
     trainer = _Trainer(command, {**os.environ, **trainer_variables(environment)})
     status = trainer.wait()
