@@ -19,7 +19,6 @@ from pathlib import Path
 from shards.errors import UserError, reported
 
 _MODULES = ("precompute", "serve", "evaluate", "benchmarks", "shards")
-_DEFAULT_PORT = 8000  # of `python -m serve run`
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,8 +76,10 @@ def is_healthy(init: Path = Path("/proc/1/cmdline")) -> bool:
     import urllib.error
     import urllib.request
 
+    from serve.config import ServeConfig
+
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--port", default=_DEFAULT_PORT)
+    flags.add_argument("--port", default=ServeConfig.port)
     port = flags.parse_known_args(words)[0].port
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5) as reply:

@@ -128,7 +128,10 @@ def _new_folder(out: str) -> Iterator[Path]:
     What a killed export left under the temporary name is removed by the next.
     """
     if not out:
-        with TemporaryDirectory(prefix="latentmill-") as scratch, _storage_errors(scratch, "TMPDIR"):
+        with (
+            TemporaryDirectory(prefix="latentmill-") as scratch,
+            _storage_errors(scratch, "TMPDIR"),
+        ):
             yield Path(scratch)
         return
     path = _local(location(out))

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from evaluate.generated import IMAGES, PROMPTS, SETTINGS, Generated, prompts_text
@@ -128,7 +129,7 @@ def _make(
                 continue
             texts = [prompts[number] for number in batch]
             seeds = [settings.seed + number for number in batch]
-            images = sample_batch(pipeline, texts, seeds, settings)
+            images = _sample(pipeline, texts, seeds, settings)
             _finish(writing)
             writing = [
                 writers.submit(generated.write_image, number, pixels)
@@ -137,6 +138,21 @@ def _make(
             ]
             yield len(lacking)
         _finish(writing)
+
+
+def _sample(
+    pipeline: Any, texts: list[str], seeds: list[int], settings: GenerationSettings
+) -> list[np.ndarray]:
+    import torch
+
+    try:
+        return sample_batch(pipeline, texts, seeds, settings)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        remedy = (
+            "a smaller --batch-size, in another --out: a folder keeps the one it was begun with"
+        )
+        raise UserError(f"--batch-size {settings.batch_size}", reason, remedy=remedy) from None
 
 
 def _finish(writing: list[Future[None]]) -> None:

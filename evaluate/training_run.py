@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from shards.cache import bounded_cache
@@ -188,8 +189,10 @@ class TrainingRun:
     @property
     def _run_folder(self) -> Location:
         """Of a run or of its checkpoint, the run."""
-        is_checkpoint = self._source.parent.name == "checkpoints"
-        return self._source.parent.parent if is_checkpoint else self._source
+        # Of `.`, or of a link to a checkpoint, the name alone does not tell what it is in.
+        source = self._source.resolve() if isinstance(self._source, Path) else self._source
+        is_checkpoint = source.parent.name == "checkpoints"
+        return source.parent.parent if is_checkpoint else self._source
 
     @cached_property
     def _record_path(self) -> Location | None:

@@ -62,6 +62,7 @@ def error_answers() -> dict[int | str, dict[str, Any]]:
     causes = {
         400: "Not JSON.",
         401: "No token, or another.",
+        408: "The body did not arrive in time.",
         413: "The body, or the answer, is too large.",
         415: "Another content-type than JSON.",
         422: "A field is missing, unknown or out of its limits.",

@@ -50,6 +50,7 @@ def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
         version=version("latentmill"),
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name whatever host the request did
     )
     app.add_middleware(CountRequests, metrics=engine.metrics)
     app.add_exception_handler(RefusedError, _refuse)
@@ -84,7 +85,7 @@ def _add_images(app: FastAPI, engine: Engine, config: ServeConfig, protection: l
         openapi_extra={"requestBody": {"required": True, **schema}},
     )
     async def images(http: Request) -> Response:
-        document = await read_json(http, config.limits.max_body_bytes)
+        document = await read_json(http, config.limits.max_body_bytes, config.timeout_sec)
         fields = validate(model, document)
         request = to_image_request(fields)
         job, made = await images_of(engine, http, request, config.timeout_sec)

@@ -90,15 +90,13 @@ class Client:
     def __init__(
         self, url: str, token: str = "", *, timeout_sec: float = 300.0, patience_sec: float = 60.0
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("--url", f"{url!r}", wanted="http://host:port")
+        host = _host_of(url)
         self.url = url.rstrip("/")
         self._token = token
         self._timeout_sec = timeout_sec
         self._patience_sec = patience_sec
         handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-        if is_loopback(parts.hostname):
+        if is_loopback(host):
             handlers.append(urllib.request.ProxyHandler({}))  # a proxy is on another machine
         self._opener = urllib.request.build_opener(*handlers)
 
@@ -139,6 +137,19 @@ class Client:
             return _reply(answer)
         except (KeyError, TypeError, ValueError) as error:
             found = f"an answer of another form ({type(error).__name__}: {error})"
+            raise ServerError(self.url, found, status=200) from None
+
+    @property
+    def max_prompts(self) -> int:
+        """Of one request, as the server says.
+
+        Raises:
+            ServerError: see `generate`.
+        """
+        try:
+            return int(self.info()["limits"]["max_prompts"])
+        except (KeyError, TypeError, ValueError):
+            found = "its /v1/info is of another form: no server of this kind"
             raise ServerError(self.url, found, status=200) from None
 
     def info(self) -> dict[str, Any]:
@@ -208,6 +219,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> None:
         """Follow none: the token is for this server alone."""
+
+
+def _host_of(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    except ValueError:
+        pass  # brackets that do not close, or a port that is no number
+    raise UserError("--url", f"{url!r}", wanted="http://host:port")
 
 
 def _reply(answer: dict[str, Any]) -> Reply:

@@ -108,8 +108,10 @@ class ServeConfig:
                 f"{self.host} can be reached by others, and there is no token",
                 remedy=f"set {TOKEN_VARIABLE}, or --allow-anonymous where others authenticate",
             )
-        if not self.token.isascii():
-            raise UserError("--token", "has characters outside ASCII", wanted="ASCII alone")
+        if not (self.token.isascii() and self.token.isprintable()):
+            raise UserError("--token", "has characters outside ASCII", wanted="printable ASCII")
+        if self.token != self.token.strip():  # a header loses them, and no request would match
+            raise UserError("--token", "begins or ends with a space", wanted="none there")
 
     @property
     def is_loopback(self) -> bool:
@@ -124,7 +126,8 @@ class ServeConfig:
         for name, value, least, most in (
             ("port", self.port, 0, 65535),
             ("max-batch-size", self.max_batch_size, 1, 4096),
-            ("max-prompts", limits.max_prompts, 1, self.max_queue),
+            ("max-queue", self.max_queue, 1, 1 << 20),
+            ("max-prompts", limits.max_prompts, 1, 1 << 20),
             ("max-prompt-chars", limits.max_prompt_chars, 1, 1 << 20),
             ("max-steps", limits.max_steps, 1, 1000),
             ("max-guidance", limits.max_guidance, 1, 1000),
@@ -139,3 +142,6 @@ class ServeConfig:
         ):
             if not least <= value <= most:
                 raise UserError(f"--{name}", f"{value}", wanted=f"{least} to {most}")
+        if limits.max_prompts > self.max_queue:
+            found = f"{limits.max_prompts}, and --max-queue is {self.max_queue}"
+            raise UserError("--max-prompts", found, wanted="no more than the queue takes")

@@ -38,6 +38,7 @@ class ServerSettings:
         """With local paths that are the same from everywhere, in any process."""
         server = self.server
         server = replace(server, source=_from_root(server.source), model=_from_root(server.model))
+        server = replace(server, safety_checker=_from_root(server.safety_checker))
         return replace(self, server=server)
 
     def run(self) -> None:

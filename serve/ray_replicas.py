@@ -173,6 +173,9 @@ def _resources_of_each(
     Ray sets a process's number of threads to that of its CPUs.
     """
     num_gpus = int(cluster.get("GPU", 0))
+    if config.devices not in ("auto", "cpu"):
+        found = f"{config.devices!r} with --replicas: Ray chooses the device of each"
+        raise UserError("--devices", found, wanted="auto, or cpu")
     if config.devices != "cpu" and num_gpus:
         if num_gpus < replicas.most and not replicas.ray_address:
             found = f"{replicas.most}, and this machine has {num_gpus} GPUs"

@@ -40,6 +40,8 @@ class RefusedError(Exception):
         headers = {}
         if self.retry_after_sec is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_sec)))
+        if self.status == 408:
+            headers["connection"] = "close"  # the rest of the body may still trickle in
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -154,26 +155,36 @@ def to_image_request(fields: Any) -> ImageRequest:
     )
 
 
-async def read_json(request: Request, max_bytes: int) -> Any:
+async def read_json(request: Request, max_bytes: int, timeout_sec: float) -> Any:
     """The JSON that a request carries.
 
     Raises:
-        RefusedError: it is of another type, too large, or not JSON.
+        RefusedError: it is of another type, too large, too slow to arrive, or not JSON.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != _JSON:
         # Also what keeps other sites' pages from posting here without asking the browser first.
         message = f"content-type is {content_type!r}; wanted {_JSON}"
         raise RefusedError(415, "not_json", message)
+    try:
+        async with asyncio.timeout(timeout_sec):
+            data = await _read(request, max_bytes)
+    except TimeoutError:
+        message = f"the body did not arrive within {timeout_sec:g} seconds"
+        raise RefusedError(408, "body_timed_out", message) from None
+    try:
+        return from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise RefusedError(400, "not_json", f"the body is not JSON: {error}") from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > max_bytes:
             raise RefusedError(413, "too_large", f"the body is over {max_bytes} bytes")
-    try:
-        return from_json(bytes(data), allow_inf_nan=False)
-    except ValueError as error:
-        raise RefusedError(400, "not_json", f"the body is not JSON: {error}") from None
+    return bytes(data)
 
 
 def validate(model: type[BaseModel], document: Any) -> Any:

@@ -33,14 +33,26 @@ def load_checker(named: str, device: str) -> SafetyChecker | None:
     module_name, _, factory_name = named.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             "--safety-checker",
             f"{named!r} cannot be loaded ({error})",
             wanted="module:factory, or a folder with a StableDiffusionSafetyChecker",
         ) from None
-    checker: SafetyChecker = factory(device)
-    return checker
+    return _one_flag_each(named, factory(device))
+
+
+def _one_flag_each(named: str, checker: SafetyChecker) -> SafetyChecker:
+    """The same, held to its contract: a flag that is missing or too many may be another image's."""
+
+    def check(pictures: np.ndarray) -> Sequence[bool]:
+        flags = list(checker(pictures))
+        if len(flags) != len(pictures):
+            found = f"{named!r} gave {len(flags)} flags for {len(pictures)} images"
+            raise UserError("--safety-checker", found, wanted="one for each")
+        return flags
+
+    return check
 
 
 def _load_folder(folder: Path, device: str) -> SafetyChecker:
@@ -48,10 +60,16 @@ def _load_folder(folder: Path, device: str) -> SafetyChecker:
     from transformers import CLIPImageProcessor
 
     try:
-        model = StableDiffusionSafetyChecker.from_pretrained(folder).eval().to(device)
+        model, report = StableDiffusionSafetyChecker.from_pretrained(
+            folder, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(folder, f"cannot be loaded as a safety checker ({reason})") from None
+    if missing := sorted(report["missing_keys"]):  # transformers made them up, with a warning alone
+        found = f"cannot be loaded as a safety checker (it lacks {', '.join(missing)})"
+        raise UserError(folder, found, wanted="a diffusers StableDiffusionSafetyChecker")
+    model = model.eval().to(device)
     side = model.config.vision_config.image_size
     processor = CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}

@@ -86,7 +86,7 @@ def add_invocations(
         },
     )
     async def invocations(http: Request) -> Response:
-        document = await read_json(http, config.limits.max_body_bytes)
+        document = await read_json(http, config.limits.max_body_bytes, timeout_sec)
         is_own = not isinstance(document, dict) or "prompt" in document
         fields = validate(own if is_own else theirs, document)
         request = to_image_request(fields if is_own else _own_fields(fields))

@@ -45,9 +45,9 @@ def _draining_server(base: Any, settings: Any, engine: Engine, drain_sec: float)
     """A uvicorn server that answers on while its engine drains."""
 
     class DrainingServer(base):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            self._loop = asyncio.get_running_loop()
-            await super().startup(sockets)
+        async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+            self._loop = asyncio.get_running_loop()  # before signals come here
+            await super().serve(sockets)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """Called by the signal, between any two instructions of the main thread."""

@@ -258,3 +258,10 @@ def test_a_server_of_its_own_is_started_loaded_and_ended(tmp_path, capfd, monkey
     assert "secret-of-the-test" not in said
     assert all_deployments() == []
     assert list(state_folder().iterdir()) == []  # not even a log
+
+
+def test_a_server_that_stops_making_images_after_the_warm_up_has_no_capacity(server):
+    # /v1/info and 8 requests come first.
+    server.answer = lambda path, _, number: answer_of(path, 503 if number >= 9 else 200)
+    with pytest.raises(UserError, match=r"made no image \(\d+ times 503\)"):
+        measure(LoadConfig(url=server.url, **QUICK))

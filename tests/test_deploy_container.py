@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from deploy.container import command_of, is_healthy
 from deploy.launch import TRAINER, Nodes, trainer_command
 from deploy.requirements import requirements
+from serve.config import ServeConfig
 from shards.errors import UserError
 
 DOCKERFILE = REPOSITORY / "deploy" / "Dockerfile"
@@ -197,6 +198,17 @@ def test_a_server_is_healthy_when_it_answers_ping(server: HTTPServer, tmp_path: 
     assert not is_healthy(init)
 
 
+def test_the_port_is_found_as_the_server_would_read_it(
+    server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = tmp_path / "cmdline"
+    init.write_bytes(f"python\0-m\0serve\0run\0--port={server.server_port}\0".encode())
+    assert is_healthy(init)
+    monkeypatch.setattr(ServeConfig, "port", server.server_port)
+    init.write_bytes(b"python\0-m\0serve\0run\0--source\0x\0")
+    assert is_healthy(init)
+
+
 def test_a_server_that_does_not_listen_is_not_healthy(tmp_path: Path) -> None:
     init = tmp_path / "cmdline"
     init.write_bytes(b"python\0-m\0serve\0run\0--port\0001\0")
@@ -205,5 +217,19 @@ def test_a_server_that_does_not_listen_is_not_healthy(tmp_path: Path) -> None:
 
 def test_a_job_is_healthy_while_it_runs(tmp_path: Path) -> None:
     init = tmp_path / "cmdline"
-    init.write_bytes(b"python\0/opt/latentmill/train/main.py\0tiny\0")
-    assert is_healthy(init)
+    for command in (
+        b"python\0/opt/latentmill/train/main.py\0tiny\0",
+        b"python\0-m\0evaluate\0generate\0--prompts\0serve\0",
+    ):
+        init.write_bytes(command)
+        assert is_healthy(init)
+
+
+def test_a_mounted_folder_belongs_to_who_runs_the_container() -> None:
+    """The image's own user may not write into it."""
+    for file in (DOCKERFILE, DOCKERFILE.parent / "README.md"):
+        text = file.read_text().replace("\\\n#", "").replace("\\\n", "")
+        (command,) = re.findall(r"docker run .*--volume.*", text)
+        assert '--user "$(id -u):$(id -g)"' in command
+    environment = dict(re.findall(r"(\w+)=(\S+)", dict(instructions())["ENV"]))
+    assert f"chmod 1777 {environment['HOME']}" in DOCKERFILE.read_text()

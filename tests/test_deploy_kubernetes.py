@@ -15,6 +15,7 @@ from helpers_deploy import free_port
 
 from deploy.container import command_of
 from deploy.render import holes, render
+from serve.config import TOKEN_VARIABLE
 from shards.dataset import Dataset
 
 pytest.importorskip("kubernetes_validate")
@@ -136,6 +137,15 @@ def test_a_pod_lives_longer_than_the_checkpoint_or_the_drain_may_take() -> None:
     drain = int(server["args"][server["args"].index("--drain-sec") + 1])
     pause = int(server["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert pod_spec(deployment)["terminationGracePeriodSeconds"] > drain + pause
+
+
+def test_nobody_is_told_to_read_figures_that_want_a_token() -> None:
+    (deployment, _) = documents("serve")
+    (server,) = pod_spec(deployment)["containers"]
+    assert [entry["name"] for entry in server["env"]] == [TOKEN_VARIABLE]
+    assert "prometheus.io/scrape" not in deployment["spec"]["template"]["metadata"].get(
+        "annotations", {}
+    )
 
 
 def test_the_service_finds_the_pods_and_the_probes_the_port() -> None:

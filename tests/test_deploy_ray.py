@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ import yaml
 from conftest import REPOSITORY
 from helpers_deploy import free_port
 
+import deploy.ray_cluster.train
+from deploy.launch import Nodes
+from deploy.ray_cluster.train import Machine
 from deploy.render import render
 from precompute.config import PrecomputeConfig
 
@@ -142,6 +146,16 @@ def test_a_mistake_of_one_process_alone_is_not_tried_again(address: str) -> None
     done = launch(address, "--processes", 1, "--", "tiny", "--data", "/nowhere")
     assert done.returncode == 2
     assert "attempt" not in done.stderr
+
+
+def test_a_machine_that_is_stopped_before_it_has_started_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(deploy.ray_cluster.train, "trainer_command", lambda *_, **__: command)
+    machine = Machine()
+    machine.stop()
+    assert machine.train([], Nodes(), 1) == -signal.SIGTERM
 
 
 def test_without_arguments_the_launcher_says_what_it_wants(address: str) -> None:

@@ -126,6 +126,9 @@ def test_a_container_outside_sagemaker_says_how_to_train_there(tmp_path: Path) -
         ({"SM_HOSTS": "algo-1"}, "SM_HOSTS: no JSON"),
         ({"SM_HOSTS": '["a"]', "SM_CURRENT_HOST": "b"}, "SM_CURRENT_HOST: b"),
         ({"SM_HOSTS": '["a"]', "SM_HPS": "[1]"}, "SM_HPS"),
+        ({"SM_HOSTS": "[]"}, r"SM_HOSTS: \[\]; wanted a JSON list"),
+        ({"SM_HOSTS": '"algo-1"'}, "SM_HOSTS: 'algo-1'; wanted a JSON list"),
+        ({"SM_HOSTS": '["a"]', "SM_NUM_GPUS": "many"}, "SM_NUM_GPUS: many; wanted a number"),
     ],
 )
 def test_what_makes_no_sense_is_named(
@@ -283,15 +286,16 @@ def test_a_stop_is_passed_on_and_is_no_failure(
     assert not any(environment.model_dir.glob("*"))
 
 
+@pytest.mark.parametrize("given", [{"batch": "8"}, {"max_restarts": "many"}])
 def test_the_containers_status_and_failure_tell_of_a_wrong_hyperparameter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
 ) -> None:
-    base = write_config(tmp_path, hyperparameters={"batch": "8"}, inputdataconfig={"latents": {}})
+    base = write_config(tmp_path, hyperparameters=given, inputdataconfig={"latents": {}})
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(base))
     for name in [name for name in os.environ if name.startswith("SM_")]:
         monkeypatch.delenv(name)
     assert training.main() == 2
-    assert "hyperparameter batch" in (base / "output" / "failure").read_text()
+    assert f"hyperparameter {next(iter(given))}" in (base / "output" / "failure").read_text()
 
 
 # Hosting ------------------------------------------------------------------------------------------
@@ -312,8 +316,14 @@ def test_an_endpoint_serves_the_archive_or_what_the_environment_names(tmp_path: 
     other = server_command(
         {**base, "LATENTMILL_SOURCE": "s3://b/run", "LATENTMILL_SERVE_ARGS": "--weights ema"}
     )
+    assert command[command.index("--token") + 1] == ""  # LATENTMILL_TOKEN would shut SageMaker out
     assert other[5] == "s3://b/run"
     assert other[-2:] == ["--weights", "ema"]
+
+
+def test_a_quote_that_does_not_end_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"LATENTMILL_SERVE_ARGS: .*No closing quotation"):
+        server_command({"LATENTMILL_SOURCE": "s3://b/run", "LATENTMILL_SERVE_ARGS": "--weights 'e"})
 
 
 # Requests -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from helpers_generate import difference, run_on_dataset, wait_for
 from helpers_train import Killed, contents_of, error_line, flags, newest_checkpoint, start
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import evaluate.export
@@ -184,15 +185,26 @@ def test_a_pipeline_from_a_checkpoint_is_that_of_the_run(run, exported, tmp_path
 
 @pytest.mark.parametrize(
     ("failure", "expected"),
-    [(OSError(28, "No space left on device"), StorageError), (Killed(), Killed)],
+    [
+        (OSError(28, "No space left on device"), StorageError),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), StorageError),
+        (Killed(), Killed),
+    ],
 )
-def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch, failure, expected):
+@pytest.mark.parametrize("out", ["out", ""])
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch, failure, expected, out):
     def fail(*_: Any, **__: Any) -> str:
         raise failure
 
     monkeypatch.setattr(evaluate.export, "model_card", fail)
     with pytest.raises(expected):
-        export(run, tmp_path / "out", tmp_path / "out.tar.gz")
+        export(run, out and tmp_path / out, tmp_path / "out.tar.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_inside_the_folder_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"--archive: .* is inside .*; wanted another folder"):
+        export(run, tmp_path / "out", tmp_path / "x" / ".." / "out" / "model.tar.gz")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -231,6 +231,17 @@ def test_an_image_that_is_not_finite_names_its_prompt_and_is_not_written(
     assert len(Generated(tmp_path / "out").missing()) == 10
 
 
+def test_a_batch_that_memory_does_not_hold_is_one_line_with_the_remedy(
+    pipeline, tmp_path, monkeypatch
+):
+    def allocate(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(evaluate.generate, "sample_batch", allocate)
+    with pytest.raises(UserError, match=r"--batch-size 4: CUDA out of memory\. Remedy: a smaller"):
+        make(pipeline, tmp_path / "out", batch_size=4)
+
+
 # Several processes --------------------------------------------------------------------------------
 
 

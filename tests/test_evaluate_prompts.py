@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def test_json_lines_may_hold_prompts_or_captions_and_keys(tmp_path):
         ('{"prompt": "a"', "line 1: no prompt"),
         ("[" * 100_000, "line 1: no prompt"),
         ("\n \n", "no prompts"),
+        ('{"prompt": "\\ud800 lion"}', "line 1: no prompt"),
+        ('{"prompt": "a", "key": "\\udc00"}', "line 1: no prompt"),
     ],
 )
 def test_json_lines_without_prompts_are_refused_by_line(tmp_path, text, message):
@@ -72,6 +75,22 @@ def test_json_lines_without_prompts_are_refused_by_line(tmp_path, text, message)
     with pytest.raises(UserError, match=message) as refusal:
         load_prompts(str(path), "x")
     assert len(str(refusal.value)) < 400
+
+
+def test_bytes_of_a_command_line_that_are_no_text_are_refused():
+    with pytest.raises(UserError, match=r"--prompts: .* is not UTF-8"):
+        load_prompts(os.fsdecode(b"\xff\xfe lion"), "x")
+
+
+def test_a_protocol_without_its_file_is_no_prompt():
+    with pytest.raises(UserError, match="--prompts: names no file"):
+        load_prompts("coco:", "x")
+
+
+def test_a_key_that_is_null_is_none(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "key": null}\n{"prompt": "b", "key": 0}\n')
+    assert load_prompts(str(path), "x").keys == ["", "0"]
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.txt", "coco:gone.json"])
@@ -138,7 +157,16 @@ def test_thirty_thousand_are_meant_where_no_number_is_given(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"annotations": [{"image_id": 1}]}', '{"annotations": 3}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"annotations": [{"image_id": 1}]}',
+        '{"annotations": 3}',
+        '{"annotations": [{"image_id": 1, "id": 2, "caption": 3}]}',
+        '{"annotations": [{"image_id": 1, "id": 2, "caption": "\\ud800"}]}',
+    ],
 )
 def test_a_file_that_holds_no_captions_is_refused(tmp_path, text):
     path = tmp_path / "captions.json"
@@ -188,6 +216,8 @@ def test_exactly_what_training_held_out_is_prompted(run, latent_dataset):
 def test_a_checkpoint_and_an_export_know_their_run(run, tmp_path):
     expected = load_prompts("held-out", str(run))
     assert load_prompts("held-out", str(newest_checkpoint(run))) == expected
+    (tmp_path / "latest").symlink_to(newest_checkpoint(run))
+    assert load_prompts("held-out", str(tmp_path / "latest")) == expected
     shutil.copy(run / "config.json", tmp_path / TRAINING)
     assert load_prompts("held-out", str(tmp_path)) == expected
 

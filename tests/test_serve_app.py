@@ -284,3 +284,9 @@ def test_the_end_of_the_application_ends_the_engine():
             assert client.get("/ping").status_code == 200
         assert not engine.is_ready
         assert not any(worker._thread.is_alive() for worker in engine._workers)
+
+
+def test_a_path_with_a_slash_too_many_is_told_and_never_redirected(client):
+    answer = client.post("/v1/images/", json={"prompt": "a"}, follow_redirects=False)
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
+    assert "location" not in answer.headers

@@ -165,7 +165,8 @@ def test_a_server_that_hangs_is_left_after_a_time(server):
 
 
 def test_what_is_not_http_is_told():
-    for url in ("", "127.0.0.1:8000", "file:///etc/passwd", "http://", "ftp://localhost"):
+    odd = ("http://[::1", "http://localhost:70000", "http://localhost:port")
+    for url in ("", "127.0.0.1:8000", "file:///etc/passwd", "http://", "ftp://localhost", *odd):
         with pytest.raises(UserError, match="--url"):
             Client(url)
 
@@ -195,3 +196,10 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(server, monkey
         monkeypatch.setenv("http_proxy", proxy.url)
         Client(server.url).images("a lion")
         assert proxy.asked == []
+
+
+def test_a_server_of_another_kind_is_told_and_has_no_limits(server):
+    for body in (b"{}", b'{"limits": 3}', b'{"limits": {"max_prompts": "many"}}'):
+        server.answer = lambda *_, body=body: Answer(200, body)
+        with pytest.raises(ServerError, match="no server of this kind"):
+            _ = Client(server.url).max_prompts

@@ -82,6 +82,17 @@ def status_of(*argv: str) -> int:
     return 0
 
 
+def test_settings_name_the_same_folders_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "checker"):
+        (tmp_path / name).mkdir()
+    server = ServeConfig(source="run", model="owner/name", safety_checker="checker")
+    absolute = ServerSettings(server=server).absolute().server
+    assert absolute.source == str(tmp_path / "run")
+    assert absolute.model == "owner/name"
+    assert absolute.safety_checker == str(tmp_path / "checker")
+
+
 # Records.
 
 

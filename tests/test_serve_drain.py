@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvicorn
 from helpers_serve import WAIT_SEC, HeldPipeline, build_config, wait_until
 
 import serve.server
@@ -133,3 +134,16 @@ def test_an_idle_server_ends_at_once(run_with):
         wait_until(lambda: ask("/ping")[0] == 0)
 
     run_with(client, drain_sec=1000)
+
+
+def test_a_signal_before_the_first_request_can_come_ends_the_server(monkeypatch):
+    class Hasty(uvicorn.Server):
+        async def _serve(self, sockets: Any = None) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await super()._serve(sockets)
+
+    monkeypatch.setattr(uvicorn, "Server", Hasty)
+    monkeypatch.setattr(
+        serve.server, "Engine", lambda config: Engine(config, lambda *_: HeldPipeline())
+    )
+    serve.server.run_server(build_config(port=0, drain_sec=1000))

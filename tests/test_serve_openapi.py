@@ -55,7 +55,7 @@ def test_the_paths_asked_are_all_that_the_document_has(app):
 
 def test_every_way_out_of_a_request_for_images_is_documented(app):
     document = TestClient(app).get("/openapi.json").json()
-    statuses = {"200", "400", "401", "413", "415", "422", "429", "500", "503", "504"}
+    statuses = {"200", "400", "401", "408", "413", "415", "422", "429", "500", "503", "504"}
     for path in ("/v1/images", "/invocations"):
         assert statuses <= document["paths"][path]["post"]["responses"].keys()
 

@@ -132,6 +132,9 @@ def test_an_address_that_others_reach_wants_a_token_or_leave_for_everyone(refuse
         ("--guidance", "nan"),
         ("--scheduler", "none"),
         ("--token", "ü"),
+        ("--token", " padded"),
+        ("--token", "two\nlines"),
+        ("--max-queue", 0),
     ],
 )
 def test_a_setting_out_of_its_range_is_named(refused_start, flag, value):
@@ -168,3 +171,8 @@ def test_help_loads_no_heavy_library():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "--max-queue" in done.stdout
+
+
+def test_a_queue_that_is_too_short_for_a_request_is_named(refused_start):
+    line = refused_start("--source", "x", "--max-queue", 4)
+    assert "error: --max-prompts: 8, and --max-queue is 4" in line

@@ -191,6 +191,9 @@ def test_each_replica_gets_a_gpu_where_there_are_enough():
     assert resources(on_cpu, two, {"CPU": 16, "GPU": 4}) == {"num_cpus": 8, "num_gpus": 0}
     with pytest.raises(UserError, match=r"--replicas: 8, and this machine has 4 GPUs"):
         resources(config, grows, {"CPU": 16, "GPU": 4})
+    named = ServeConfig(source="x", devices="cuda:1")
+    with pytest.raises(UserError, match=r"--devices: 'cuda:1' with --replicas"):
+        resources(named, two, {"CPU": 16, "GPU": 4})
     cluster = ReplicaConfig(replicas=8, ray_address="auto")  # it may grow
     assert resources(config, cluster, {"CPU": 16, "GPU": 4})["num_gpus"] == 1
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import REPOSITORY, TINY_MODEL
 from helpers_serve import build_config, build_pipeline, build_request, pixels_of
 
 from serve.engine import Engine
+from serve.safety import load_checker
 from shards.errors import UserError
 
 
@@ -60,7 +61,28 @@ def test_a_folder_with_a_diffusers_safety_checker_is_used(tmp_path, threshold, f
     assert pixels_of(images[0]).any() != flagged
 
 
-@pytest.mark.parametrize("named", ["nowhere:factory", "math:nothing", "nothing", str(TINY_MODEL)])
+@pytest.mark.parametrize(
+    "named", ["nowhere:factory", "math:nothing", "nothing", ".here:factory", str(TINY_MODEL)]
+)
 def test_a_safety_checker_that_cannot_be_loaded_is_refused_at_the_start(named):
     with pytest.raises(UserError, match="cannot be loaded"):
         Engine(build_config(safety_checker=named), lambda config, device: build_pipeline()).start()
+
+
+def test_a_folder_that_lacks_a_checkers_weights_is_refused_and_not_made_up():
+    clip = REPOSITORY / "examples" / "tiny-clip"
+    with pytest.raises(UserError, match=r"cannot be loaded.*lacks concept_embeds"):
+        load_checker(str(clip), "cpu")
+
+
+def flag_too_few(device: str):
+    return lambda pictures: [False] * (len(pictures) - 1)
+
+
+def test_a_checker_that_leaves_an_image_out_is_refused_at_the_start():
+    engine = Engine(
+        build_config(safety_checker="test_serve_safety:flag_too_few"),
+        lambda config, device: build_pipeline(),
+    )
+    with pytest.raises(UserError, match="gave 0 flags for 1 images"):
+        engine.start()

@@ -136,3 +136,21 @@ def test_a_client_that_leaves_before_the_end_of_its_body_is_no_error_of_ours():
         sent = call(app, receive)
     assert sent[0]["status"] == 499
     assert not pipeline.batches
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for_for_ever():
+    with held_engine(timeout_sec=0.05) as (engine, pipeline):
+        app = build_app(engine, engine._config)
+        pieces = iter([b"{"])
+
+        async def receive() -> dict[str, Any]:
+            if piece := next(pieces, None):
+                return {"type": "http.request", "body": piece, "more_body": True}
+            await asyncio.sleep(60)
+            raise AssertionError("it was waited for")
+
+        start, body = call(app, receive)
+    assert start["status"] == 408
+    assert (b"connection", b"close") in start["headers"]
+    assert json.loads(body["body"])["error"]["code"] == "body_timed_out"
+    assert not pipeline.batches

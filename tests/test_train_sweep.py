@@ -383,6 +383,15 @@ def test_workers_run_at_the_same_time_and_no_more_than_that_many(config, passed,
 # Refused ------------------------------------------------------------------------------------------
 
 
+def test_a_folder_may_have_any_name(config, passed, fake, tmp_path):
+    out = tmp_path / "a ü?b=1#c%41{x}"
+    for trials in (1, 2):
+        sweep(config(out=str(out), trials=trials), passed, fake)
+    assert (out / "study.sqlite").is_file()
+    assert not (tmp_path / "a ü").exists()
+    assert len(states_of(config(out=str(out)))) == 2
+
+
 def test_a_study_of_other_settings_is_refused(config, passed, fake):
     sweep(config(trials=1), passed, fake)
     for changes, more, named in (

@@ -54,7 +54,7 @@ class StepGraph:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._runs: dict[Hashable, int] = {}
-        self._recorded: dict[Hashable, _Recording] = {}
+        self._recorded: dict[Hashable, Recording] = {}
 
     def run(
         self, variant: Hashable, function: Callable[..., Outputs], inputs: dict[str, Tensor]
@@ -75,12 +75,20 @@ class StepGraph:
                 self._recorded.clear()  # a step as it is needs the memory that they hold
                 self._recorder.forget()
                 return self._recorder.run(lambda: function(**inputs))
-            recording = _Recording(self._recorder, function, inputs)
+            recording = Recording(self._recorder, function, inputs)
             self._recorded[key] = recording
         return recording.replay(inputs)
 
 
-class _Recording:
+class Recording:
+    """A function recorded, with tensors of its own for the inputs.
+
+    Args:
+        recorder: what records.
+        function: of tensors by name; whatever else it reads and writes must stay in place.
+        inputs: of the shapes and types that every replay will have.
+    """
+
     def __init__(
         self, recorder: Recorder, function: Callable[..., Outputs], inputs: dict[str, Tensor]
     ) -> None:
@@ -88,6 +96,7 @@ class _Recording:
         self._replay, self._outputs = recorder.record(lambda: function(**self._inputs))
 
     def replay(self, inputs: dict[str, Tensor]) -> Outputs:
+        """The outputs for these inputs; they hold until the next replay."""
         for name, own in self._inputs.items():
             own.copy_(inputs[name], non_blocking=True)
         self._replay()

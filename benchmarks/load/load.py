@@ -12,6 +12,7 @@ python -m benchmarks load --url http://127.0.0.1:8000 --sizes 64x64,96x64 --step
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -97,6 +98,7 @@ def measure(config: LoadConfig) -> Json:
         _expect_images(client, clients(max_requests=2 * max(num_clients, len(bodies))))
         with MemoryWatch(pid) as memory:
             samples = clients(max_requests=config.max_requests)
+        _expect_images(client, samples)  # without a capacity there is no multiple of it
         closed = _part("closed", samples, memory)
         capacity = closed["images_per_sec"]
         parts = [_open_part(config, client, pid, bodies, load, capacity) for load in config.loads]
@@ -229,10 +231,10 @@ def _check(config: LoadConfig) -> None:
         found = f"{host} is another machine"
         raise UserError("--url", found, wanted="this one", remedy="--allow-remote if it is yours")
     for name in ("prompts_per_request", "max_requests", "max_in_flight", "duration_sec"):
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:
             option = "--" + name.replace("_", "-")
             raise UserError(option, f"{getattr(config, name)}", wanted="more than 0")
-    if any(load <= 0 for load in config.loads):
+    if not all(0 < load < math.inf for load in config.loads):
         raise UserError("--loads", f"{config.loads}", wanted="more than 0")
     if config.num_clients < 0:
         raise UserError("--num-clients", f"{config.num_clients}", wanted="at least 0")

@@ -69,7 +69,7 @@ def run(config: RayTrainConfig, arguments: list[str]) -> None:
     try:
         ray.init(address=config.ray_address, logging_level="ERROR")
     except ConnectionError as error:
-        raise UserError(f"--address {config.ray_address}", f"no Ray there ({error})") from None
+        raise UserError(f"--ray-address {config.ray_address}", f"no Ray there ({error})") from None
     try:
         # After Ray's own handlers, which would end the process at once.
         with StopOnSignal() as stop:

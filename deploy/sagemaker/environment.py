@@ -75,7 +75,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     hosts = _json(variables, "SM_HOSTS", resources.get("hosts", ["algo-1"]))
     if not (isinstance(hosts, list) and hosts and all(isinstance(host, str) for host in hosts)):
         raise UserError("SM_HOSTS", f"{hosts!r}", wanted="a JSON list of names")
-    current = variables.get("SM_CURRENT_HOST") or resources.get("current_host", hosts[0])
+    current = str(variables.get("SM_CURRENT_HOST") or resources.get("current_host", hosts[0]))
     if current not in hosts:
         raise UserError("SM_CURRENT_HOST", current, wanted=f"one of {', '.join(hosts)}")
     num_gpus = variables.get("SM_NUM_GPUS", "")

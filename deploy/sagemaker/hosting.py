@@ -18,7 +18,8 @@ _TIMEOUT_SEC, _DRAIN_SEC = 55, 25
 def server_command(variables: Mapping[str, str]) -> list[str]:
     """The command that answers /ping and /invocations on the port that SageMaker asks.
 
-    It takes no token: SageMaker lets nobody through but itself.
+    It takes no token, whatever the environment has: SageMaker lets nobody through but itself, and
+    cannot send one.
 
     Args:
         variables: LATENTMILL_SOURCE names a pipeline, run or hub id in place of /opt/ml/model,
@@ -43,6 +44,7 @@ def server_command(variables: Mapping[str, str]) -> list[str]:
     return [
         *(sys.executable, "-m", "serve", "run", "--source", source or str(folder)),
         *("--host", "0.0.0.0", "--port", variables.get("SAGEMAKER_BIND_TO_PORT") or "8080"),
-        *("--allow-anonymous", "--timeout-sec", str(_TIMEOUT_SEC), "--drain-sec", str(_DRAIN_SEC)),
+        *("--allow-anonymous", "--token", ""),
+        *("--timeout-sec", str(_TIMEOUT_SEC), "--drain-sec", str(_DRAIN_SEC)),
         *more,
     ]

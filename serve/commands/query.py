@@ -56,7 +56,7 @@ def run(config: QueryConfig) -> None:
     if config.out.endswith(".png") and len(prompts) > 1:
         raise UserError("--out", config.out, wanted=f"a folder for {len(prompts)} prompts")
     client = _client(config)
-    at_a_time = client.info()["limits"]["max_prompts"]
+    at_a_time = client.max_prompts
     for start in range(0, len(prompts), at_a_time):
         reply = client.generate(
             prompts[start : start + at_a_time],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from train.step_graph import CudaRecorder, Outputs, Recorder
+from train.step_graph import CudaRecorder, Outputs, Recorder, Recording
 
 # Runs of a shape as they are, before it is recorded: meanwhile compilers compile, cuDNN searches
 # and libraries take their workspace.
@@ -52,7 +52,7 @@ class _Entry:
     """Of one key: how often it ran as it is, and then its recording."""
 
     num_runs: int = 0
-    recording: _Recording | None = None
+    recording: Recording | None = None
     is_recordable: bool = True
 
 
@@ -125,7 +125,7 @@ class GraphCache:
         inputs: dict[str, Tensor],
     ) -> None:
         try:
-            entry.recording = _Recording(self._recorder, function, inputs)
+            entry.recording = Recording(self._recorder, function, inputs)
             self.num_recorded += 1
             return
         except torch.OutOfMemoryError:
@@ -136,17 +136,3 @@ class GraphCache:
             _log.warning("the %s runs without being recorded: %s", name, error)
             return
         self.clear()
-
-
-class _Recording:
-    def __init__(
-        self, recorder: Recorder, function: Callable[..., Outputs], inputs: dict[str, Tensor]
-    ) -> None:
-        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self._replay, self._outputs = recorder.record(lambda: function(**self._inputs))
-
-    def replay(self, inputs: dict[str, Tensor]) -> Outputs:
-        for name, own in self._inputs.items():
-            own.copy_(inputs[name], non_blocking=True)
-        self._replay()
-        return self._outputs

@@ -8,6 +8,8 @@ SQLite's locks do not hold on network file systems, so a sweep is one machine's.
 from __future__ import annotations
 
 import json
+import sqlite3
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -147,7 +149,9 @@ def _open(path: Path) -> RDBStorage:
     from sqlalchemy.exc import DatabaseError
 
     try:
-        storage: RDBStorage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        # Not in the URL: there `?`, `#`, `%` and `{` mean something else than in a folder's name.
+        connect = {"creator": partial(sqlite3.connect, path)}
+        storage: RDBStorage = optuna.storages.RDBStorage(f"sqlite:///{FILE}", engine_kwargs=connect)
     except DatabaseError as error:
         found = f"cannot be used as a study ({error.orig})"
         raise UserError(path, found, remedy="another --out") from None
