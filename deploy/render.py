@@ -65,6 +65,8 @@ def render(file: Path, values: Mapping[str, str]) -> str:
         text = _COMMENT.sub("", file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(file, error.strerror or str(error), wanted="a manifest") from None
+    except UnicodeDecodeError:
+        raise UserError(file, "not UTF-8", wanted="a manifest") from None
     defaults = holes(text)
     for name in values.keys() - defaults.keys():
         nearest = difflib.get_close_matches(name, defaults, n=1)

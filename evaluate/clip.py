@@ -51,13 +51,16 @@ class Clip:
         folder = _find_folder(name)
         self.weights_sha256 = _find_weights(folder).sha256()
         try:
-            self._model: Any = CLIPModel.from_pretrained(folder).eval().to(self._device)
+            model, report = CLIPModel.from_pretrained(folder, output_loading_info=True)
             self._images: Any = CLIPImageProcessorPil.from_pretrained(folder)
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(name, f"cannot be loaded ({reason})", wanted=_WANTED) from None
-        self._model.requires_grad_(False)
+        if missing := sorted(report["missing_keys"]):  # they are drawn at random, with a warning
+            found = f"lacks {len(missing)} weights of a CLIP, first {missing[0]}"
+            raise UserError(name, found, wanted=_WANTED)
+        self._model: Any = model.eval().to(self._device).requires_grad_(False)
         self.num_features = int(self._model.config.projection_dim)
         self.side = int(self._images.crop_size["height"])
 

@@ -84,7 +84,7 @@ def import_ray(wanted_by: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        remedy = ".venv/bin/pip install ray"
+        remedy = ".venv/bin/pip install 'ray[serve]'"
         raise UserError(wanted_by, "Ray is not installed", remedy=remedy) from None
     return ray
 

@@ -24,7 +24,7 @@ from serve.info import ServerInfo, server_info
 from serve.refusal import RefusedError, draining
 from serve.request import build_request_model, read_json, to_image_request, validate
 from serve.sagemaker import add_invocations
-from serve.waiting import ClientGoneError, images_of
+from serve.waiting import ClientGoneError, Deadline, images_of
 
 _PAGE = Path(__file__).with_name("page.html")
 _CLIENT_GONE = 499  # nginx's number: it reaches nobody but the counters
@@ -85,10 +85,11 @@ def _add_images(app: FastAPI, engine: Engine, config: ServeConfig, protection: l
         openapi_extra={"requestBody": {"required": True, **schema}},
     )
     async def images(http: Request) -> Response:
-        document = await read_json(http, config.limits.max_body_bytes, config.timeout_sec)
+        deadline = Deadline(config.timeout_sec)
+        document = await read_json(http, config.limits.max_body_bytes, deadline.left_sec)
         fields = validate(model, document)
         request = to_image_request(fields)
-        job, made = await images_of(engine, http, request, config.timeout_sec)
+        job, made = await images_of(engine, http, request, deadline)
         if fields.format == "png":
             return png_answer(job, made)
         return await asyncio.to_thread(json_answer, job, made)

@@ -26,9 +26,17 @@ class CountRequests:
 
         async def send_counted(message: Any) -> None:
             if message["type"] == "http.response.start":
-                # Paths that are no route are as many as clients like.
-                route = getattr(scope.get("route"), "path", "other")
-                self._metrics.count_request(route, message["status"])
+                self._metrics.count_request(_route_of(scope), message["status"])
             await send(message)
 
-        await self._app(scope, receive, send_counted)
+        try:
+            await self._app(scope, receive, send_counted)
+        except Exception:  # answered, with 500, outside of this
+            self._metrics.count_request(_route_of(scope), 500)
+            raise
+
+
+def _route_of(scope: Any) -> str:
+    """Paths that are no route are as many as clients like."""
+    path: str = getattr(scope.get("route"), "path", "other")
+    return path

@@ -62,8 +62,12 @@ def _from_root(source: str) -> str:
 
 
 def _adapter() -> Any:
-    from pydantic import TypeAdapter
+    try:
+        from pydantic import TypeAdapter
+    except ModuleNotFoundError as error:
+        from serve.server import not_installed
 
+        raise not_installed(error) from None
     return TypeAdapter(ServerSettings)
 
 

@@ -169,7 +169,7 @@ class Engine:
 
         pipeline = self._load(self._config, device)
         self.fast_path = apply_fast_path(pipeline, self._config.fast, device)
-        return Generator(pipeline, load_checker(self._config.safety_checker, device))
+        return Generator(pipeline, load_checker(self._config.safety_checker, device), device)
 
     def _check_limits(self) -> None:
         least, most = self._config.limits.sides_of(self.facts)

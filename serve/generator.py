@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluate.schedulers import build_scheduler
 from serve.job import ImageTask
+from serve.pace import Pace, pace_of
 from serve.refusal import RefusedError
 from serve.tokens import cut_warning, max_tokens_of
 
@@ -66,10 +67,13 @@ class Generator:
     Args:
         pipeline: diffusers `StableDiffusionPipeline`, on its device.
         checker: finds images that are not to be shown.
+        device: where the pipeline is.
     """
 
-    def __init__(self, pipeline: Any, checker: SafetyChecker | None = None) -> None:
-        self._pipeline, self._checker = pipeline, checker
+    def __init__(
+        self, pipeline: Any, checker: SafetyChecker | None = None, device: str = "cpu"
+    ) -> None:
+        self._pipeline, self._checker, self._device = pipeline, checker, device
         self._schedule = pipeline.scheduler.config
 
     @property
@@ -104,6 +108,7 @@ class Generator:
 
         kind = batch[0].kind
         self._pipeline.scheduler = build_scheduler(kind.scheduler, self._schedule)
+        pace = pace_of(self._device)
         output = self._pipeline(
             [task.prompt for task in batch],
             negative_prompt=[task.job.request.negative_prompt for task in batch],
@@ -113,7 +118,7 @@ class Generator:
             num_inference_steps=kind.steps,
             guidance_scale=kind.guidance,
             output_type="pt",
-            callback_on_step_end=lambda *_: _go_on(batch),
+            callback_on_step_end=lambda *_: _go_on(batch, pace),
             callback_on_step_end_tensor_inputs=[],
         )
         return self._answers(batch, output.images)
@@ -146,8 +151,10 @@ class Generator:
         return tuple(warning for warning in warnings if warning)
 
 
-def _go_on(batch: Sequence[ImageTask]) -> dict[str, Any]:
+def _go_on(batch: Sequence[ImageTask], pace: Pace | None) -> dict[str, Any]:
     """Called after each denoising step."""
+    if pace:
+        pace.step()
     if all(task.job.is_over for task in batch):
         raise AbandonedError
     return {}

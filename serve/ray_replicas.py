@@ -7,16 +7,14 @@ replace one that dies, and add some under load where that is asked for.
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from precompute.ray_cluster import connected
 from serve.address import local_url, usable_port
 from serve.client import Client
 from serve.config import ServeConfig
@@ -30,12 +28,9 @@ _REACH_SEC = 10.0  # for a cluster to answer, or for the proxy once all replicas
 _POLL_SEC = 0.2
 # Ray reads these when it is imported.
 _QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-# What is meant for desktops keeps Ray, all of its processes, on the loopback interface.
-_THIS_MACHINE_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _OBJECT_STORE_BYTES = 256 << 20  # requests and answers do not pass through it
 
 
@@ -213,58 +208,23 @@ def _expect_answer(url: str) -> None:
 
 @contextmanager
 def _connected(replicas: ReplicaConfig) -> Iterator[Any]:
-    """Ray: of a cluster, or of our own and for this machine alone."""
-    address = replicas.ray_address
-    for name, value in (_QUIET if address else _QUIET | _THIS_MACHINE_ALONE).items():
+    """Ray Serve: on a cluster, or on a Ray of our own and for this machine alone."""
+    for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    ray = _import_ray()
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        _expect_listener(address)
-        # The machines of a cluster have the packages that we need, and not us.
-        here = Path(__file__).parent.parent
-        packages = [str(here / name) for name in _PACKAGES]
-        options |= {"address": address, "runtime_env": {"py_modules": packages}}
-    else:
-        num_cpus = max(os.cpu_count() or 1, replicas.most)
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
-        options |= {"object_store_memory": _OBJECT_STORE_BYTES}
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_cluster(address, str(error).strip().splitlines()[0]) from None
-    try:
+    options = {
+        "num_cpus": max(os.cpu_count() or 1, replicas.most),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+    with connected(replicas.ray_address, _PACKAGES, "--replicas", **options) as ray:
+        _expect_ray_serve()
         yield ray
-    finally:
-        ray.shutdown()
 
 
-def _import_ray() -> Any:
+def _expect_ray_serve() -> None:
+    """Ray can be there without what Serve needs; asked for once Ray's environment is set."""
     try:
-        import ray
-        import ray.serve
+        import ray.serve  # noqa: F401
     except ModuleNotFoundError as error:
         remedy = ".venv/bin/pip install 'ray[serve]'"
         found = f"Ray Serve is not installed ({error.name})"
         raise UserError("--replicas", found, remedy=remedy) from None
-    return ray
-
-
-def _expect_listener(address: str) -> None:
-    """Ray itself tries for more than a minute, and then ends the process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return  # `auto`, or what Ray alone understands
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH_SEC).close()
-    except OSError as error:
-        raise _no_cluster(address, error.strerror or str(error)) from None
-
-
-def _no_cluster(address: str, why: str) -> UserError:
-    return UserError(
-        "--ray-address",
-        f"{address or 'this machine'}: no Ray there ({why})",
-        wanted="auto, or host:port of a running cluster (ray start --head)",
-        remedy="RAY_AUTH_MODE=token in the environment where the cluster asks for its token",
-    )

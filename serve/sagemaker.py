@@ -37,7 +37,7 @@ from serve.request import (
     validate,
     whole_number,
 )
-from serve.waiting import images_of
+from serve.waiting import Deadline, images_of
 
 TIMEOUT_SEC = 58.0  # so that the caller learns from us why there is no answer
 MAX_ANSWER_BYTES = 6_000_000
@@ -86,14 +86,15 @@ def add_invocations(
         },
     )
     async def invocations(http: Request) -> Response:
-        document = await read_json(http, config.limits.max_body_bytes, timeout_sec)
+        deadline = Deadline(timeout_sec)
+        document = await read_json(http, config.limits.max_body_bytes, deadline.left_sec)
         is_own = not isinstance(document, dict) or "prompt" in document
         fields = validate(own if is_own else theirs, document)
         request = to_image_request(fields if is_own else _own_fields(fields))
         wants_png = _wants_png(http) or (is_own and fields.format == "png")
         if wants_png and len(request.prompts) > 1:
             raise RefusedError(406, "not_acceptable", f"{len(request.prompts)} images are no PNG")
-        job, images = await images_of(engine, http, request, timeout_sec)
+        job, images = await images_of(engine, http, request, deadline)
         if wants_png:
             return _checked(png_answer(job, images))
         return _checked(await asyncio.to_thread(_json_answer, job, images))

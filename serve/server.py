@@ -91,7 +91,11 @@ def _import_uvicorn() -> Any:
         import prometheus_client  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
-        remedy = ".venv/bin/pip install fastapi uvicorn prometheus-client"
-        found = f"{error.name} is not installed"
-        raise UserError("python -m serve", found, remedy=remedy) from None
+        raise not_installed(error) from None
     return uvicorn
+
+
+def not_installed(error: ModuleNotFoundError) -> UserError:
+    """What the server needs and the rest of the repository does not."""
+    remedy = ".venv/bin/pip install fastapi uvicorn prometheus-client"
+    return UserError("python -m serve", f"{error.name} is not installed", remedy=remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -17,8 +18,25 @@ class ClientGoneError(Exception):
     """Nobody is there to answer to."""
 
 
+class Deadline:
+    """Until when a request must be answered, its body included.
+
+    Args:
+        timeout_sec: from now on.
+    """
+
+    def __init__(self, timeout_sec: float) -> None:
+        self.timeout_sec = timeout_sec
+        self._ends_at = time.monotonic() + timeout_sec
+
+    @property
+    def left_sec(self) -> float:
+        """What is left of it; not less than 0."""
+        return max(0.0, self._ends_at - time.monotonic())
+
+
 async def images_of(
-    engine: Engine, http: Request, request: ImageRequest, timeout_sec: float
+    engine: Engine, http: Request, request: ImageRequest, deadline: Deadline
 ) -> tuple[Job, list[ServedImage]]:
     """Submit a request and wait for its images.
 
@@ -34,9 +52,10 @@ async def images_of(
     gone = asyncio.create_task(_disconnect(http))
     try:
         either: tuple[asyncio.Future[Any], ...] = (images, gone)
-        await asyncio.wait(either, timeout=timeout_sec, return_when=asyncio.FIRST_COMPLETED)
+        left_sec = deadline.left_sec
+        await asyncio.wait(either, timeout=left_sec, return_when=asyncio.FIRST_COMPLETED)
         if not images.done():
-            raise _client_gone(engine) if gone.done() else _timed_out(engine, job, timeout_sec)
+            raise _client_gone(engine) if gone.done() else _timed_out(engine, job, deadline)
         made = images.result()
         engine.metrics.observe_answer(job.queued_sec, job.generated_sec)
         return job, made
@@ -63,7 +82,9 @@ def _client_gone(engine: Engine) -> ClientGoneError:
     return ClientGoneError()
 
 
-def _timed_out(engine: Engine, job: Job, timeout_sec: float) -> RefusedError:
+def _timed_out(engine: Engine, job: Job, deadline: Deadline) -> RefusedError:
     engine.metrics.count_timed_out()
     stage = "in the queue" if job.started_at is None else "while it was generated"
-    return RefusedError(504, "timed_out", f"no answer within {timeout_sec:g} seconds: {stage}")
+    return RefusedError(
+        504, "timed_out", f"no answer within {deadline.timeout_sec:g} seconds: {stage}"
+    )

@@ -265,3 +265,12 @@ def test_a_server_that_stops_making_images_after_the_warm_up_has_no_capacity(ser
     server.answer = lambda path, _, number: answer_of(path, 503 if number >= 9 else 200)
     with pytest.raises(UserError, match=r"made no image \(\d+ times 503\)"):
         measure(LoadConfig(url=server.url, **QUICK))
+
+
+def test_for_requests_of_several_kinds_no_bound_is_claimed(server, capsys):
+    document = measure(
+        LoadConfig(url=server.url, **QUICK, step_counts="2,5", loads=(1.0,), max_requests=20)
+    )
+    assert [part["bound_sec"] for part in document["parts"]] == [None, None]
+    print_table(document)
+    assert "none for requests of several kinds" in capsys.readouterr().out

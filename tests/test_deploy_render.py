@@ -62,6 +62,12 @@ def test_no_manifest_is_an_error_that_names_it(tmp_path: Path) -> None:
         render(tmp_path / "nothing.yaml", {})
 
 
+def test_what_is_no_text_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=r"x\.yaml: not UTF-8; wanted a manifest"):
+        render(tmp_path / "x.yaml", {})
+
+
 def test_no_file_of_deploy_has_a_hole_that_the_renderer_does_not_see() -> None:
     """The published launch files had `{TAG}`, and ids of other people's accounts."""
     files = [path for path in (REPOSITORY / "deploy").rglob("*.yaml") if path.is_file()]

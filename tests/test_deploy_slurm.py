@@ -151,6 +151,14 @@ def test_a_job_that_is_no_array_is_refused(slurm: Slurm) -> None:
     assert process.returncode != 0
 
 
+def test_an_array_with_gaps_is_refused(slurm: Slurm) -> None:
+    array = {"ID": "5", "MIN": "1", "COUNT": "3", "STEP": "1"}  # --array=1,5,9
+    variables = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    process = slurm.script("precompute.sbatch", "--out", "x", SLURM_ARRAY_JOB_ID="7", **variables)
+    assert "task 5 of an array with gaps" in process.communicate(timeout=30)[0]
+    assert process.returncode == 2
+
+
 def test_an_interpreter_that_is_not_there_is_named(slurm: Slurm) -> None:
     process = slurm.script("train.sbatch", "tiny", PYTHON="/nowhere/python")
     assert "/nowhere/python: no interpreter there" in process.communicate(timeout=30)[0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_clip import build_clip_folder
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evaluate.clip import Clip
@@ -71,6 +72,15 @@ def test_a_clip_folder_gives_the_embedding_before_it_is_normalised(tmp_path):
     assert torch.equal(found.features, clip.image_features(IMAGES))
     assert found.features.shape == (3, network.num_features)
     assert (found.features.norm(dim=1) - 1).abs().max() > 0.01
+
+
+def test_a_clip_that_lacks_a_weight_is_refused_and_none_made_up(tmp_path):
+    folder = build_clip_folder(tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights of a CLIP, first visual_projection"):
+        load_feature_network(str(folder))
 
 
 def test_a_clip_folder_prepares_pictures_as_its_processor_says(tmp_path):

@@ -154,6 +154,7 @@ def test_prompts_and_a_folder_of_pictures_take_the_place_of_scenes(sweep, tmp_pa
         ({"features": "inception:gone.pth"}, "its weights are not at gone.pth"),
         ({"clip": "gone"}, "gone: no such folder"),
         ({"out": None}, "--out: not given"),
+        ({"device": "gpu"}, "--device: gpu"),
     ],
 )
 def test_errors_are_one_line_and_come_before_the_generating(
@@ -242,6 +243,7 @@ def test_pictures_against_themselves_have_no_distance(capsys, scenes, clip_folde
         ({"save_reference": "x.npz"}, "wanted a name that ends in .safetensors"),
         ({"images": "gone", "batch_size": 0}, "--batch-size: 0"),
         ({"images": "gone", "features": "gone.pt"}, "feature network gone.pt: no such file"),
+        ({"images": "gone", "device": "gpu"}, "--device: gpu"),
     ],
 )
 def test_errors_of_the_metrics_are_one_line(capsys, scenes, clip_folder, changes, message):

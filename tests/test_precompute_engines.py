@@ -423,5 +423,6 @@ def test_without_ray_its_remedy_is_named(run):
     status, text = run(patch, "--engine=ray")
     assert status == 2
     assert text.splitlines()[-1] == (
-        "precompute: error: --engine ray: Ray is not installed. Remedy: .venv/bin/pip install ray"
+        "precompute: error: --engine ray: Ray is not installed. "
+        "Remedy: .venv/bin/pip install 'ray[serve]'"
     )

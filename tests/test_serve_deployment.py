@@ -93,6 +93,12 @@ def test_settings_name_the_same_folders_from_everywhere(tmp_path, monkeypatch):
     assert absolute.safety_checker == str(tmp_path / "checker")
 
 
+def test_without_the_servers_packages_the_way_to_get_them_is_named(state, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    assert status_of("up", "demo", "--source=x") == 2
+    assert "pip install fastapi uvicorn prometheus-client" in capsys.readouterr().err
+
+
 # Records.
 
 
@@ -354,6 +360,7 @@ def test_query_shows_warnings_and_refusals(running, tmp_path, capsys):
     [
         (["query", "demo", "--prompt=a;b", "--out=x.png"], "wanted a folder for 2 prompts"),
         (["query", "--prompt=a"], "a name or --url is needed"),
+        (["query", "demo", "--prompt=a", "--token=x"], "--token: is for --url"),
         (["query", "demo", "--url=http://localhost:1", "--prompt=a"], "a name or --url is needed"),
         (["query", "other", "--prompt=a"], "no server of this name; wanted one of demo"),
         (["down"], "a name or --all is needed"),

@@ -59,7 +59,7 @@ def replicas_of(deployment: Deployment) -> list[psutil.Process]:
 
 
 def images_by_replica(client: Client) -> set[str]:
-    """Of as many replicas as answer: each counts for itself."""
+    """Of those replicas that happen to answer: each counts for itself."""
     texts = [client.metrics() for _ in range(20)]
     return {
         line.split()[1]
@@ -94,7 +94,8 @@ def test_sizes_steps_and_batches_in_any_order_and_at_once_are_all_answered(two):
         for (kind, prompts), reply in zip(asked, replies, strict=True):
             assert [image.prompt for image in reply.images] == prompts
             assert {name: reply.settings[name] for name in kind} == kind
-    assert len(images_by_replica(client)) == 2  # both have worked, each a share of its own
+    in_all = sum(len(prompts) for _, prompts in asked)
+    assert all(0 < int(float(share)) < in_all for share in images_by_replica(client))
 
 
 def test_a_seed_makes_the_same_picture_in_every_replica(two):

@@ -110,9 +110,12 @@ def test_several_images_are_no_png(client):
     assert (answer.status_code, answer.json()["error"]["code"]) == (406, "not_acceptable")
 
 
-def test_an_answer_that_the_platform_would_cut_is_refused_with_the_reason(client, monkeypatch):
-    monkeypatch.setattr(serve.sagemaker, "MAX_ANSWER_BYTES", 100)
-    answer = client.post("/invocations", json={"inputs": "a"})
+@pytest.mark.parametrize("accept", ["application/json", "image/png"])
+def test_an_answer_that_the_platform_would_cut_is_refused_with_the_reason(
+    client, monkeypatch, accept
+):
+    monkeypatch.setattr(serve.sagemaker, "MAX_ANSWER_BYTES", 50)
+    answer = client.post("/invocations", json={"inputs": "a"}, headers={"accept": accept})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "answer_too_large")
 
 

@@ -18,11 +18,12 @@ import pytest
 from conftest import REPOSITORY, build_latent_dataset
 from helpers_train import error_line, flags, write_unet
 
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
 from shards.lock import sole_writer
 from train.sweep.__main__ import main
 from train.sweep.config import SweepConfig
 from train.sweep.runner import sweep
+from train.sweep.study import Study
 
 WAIT_SEC = 60
 # Trains nothing. Its loss is least at a learning rate of 1e-3; --seed says how it ends.
@@ -390,6 +391,25 @@ def test_a_folder_may_have_any_name(config, passed, fake, tmp_path):
     assert (out / "study.sqlite").is_file()
     assert not (tmp_path / "a ü").exists()
     assert len(states_of(config(out=str(out)))) == 2
+
+
+def test_a_full_disk_under_the_study_is_one_line_and_the_sweep_goes_on_later(
+    config, passed, fake, monkeypatch
+):
+    def fill(self: Study, trial: Any, loss: float) -> None:
+        connection = self._storage.engine.raw_connection()
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        connection.close()
+        for number in range(1000):
+            trial.set_user_attr(f"filler {number}", "x" * 1000)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "complete", fill)
+        with pytest.raises(StorageError, match=r"study\.sqlite: cannot be written \(.* full\)"):
+            sweep(config(trials=1), passed, fake)
+    sweep(config(trials=1), passed, fake)
+    assert states_of(config(trials=1)) == ["complete"]
 
 
 def test_a_study_of_other_settings_is_refused(config, passed, fake):

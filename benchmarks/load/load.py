@@ -109,7 +109,11 @@ def measure(config: LoadConfig) -> Json:
         server={**info, "source": config.source or info["source"]},
         num_clients=num_clients,
         capacity_images_per_sec=capacity,
-        parts=[{**part, "bound_sec": _bound_sec(info, part)} for part in (closed, *parts)],
+        parts=[
+            # Of several kinds the queue may hold the slow one alone: a mean rate bounds nothing.
+            {**part, "bound_sec": None if len(bodies) > 1 else _bound_sec(info, part)}
+            for part in (closed, *parts)
+        ],
     )
 
 
@@ -296,7 +300,8 @@ def print_table(document: Json) -> None:
         print(_row(part))
         for kind, count in part["errors"].items():
             print(f"    {count} times {kind}")
-    print("  bound: predicted from the rate measured in that part, a full queue and two batches")
+    print("  bound: predicted from the rate measured in that part, a full queue and two batches;")
+    print("  none for requests of several kinds, where the rate is a mean")
 
 
 def _row(part: Json) -> str:

@@ -76,8 +76,9 @@ def run(config: GuidanceConfig) -> None:
     from evaluate.feature_networks import identity_of, load_feature_network
     from evaluate.guidance import measure_sweep
     from evaluate.reference import open_reference
+    from precompute.loading import choose_device
 
-    device = config.device or _device()
+    device = str(choose_device(config.device or _device()))
     # Before hours of generating: what is missing for the measuring.
     network = load_feature_network(protocol.features, device) if process == 0 else None
     clip = Clip(protocol.clip, device) if process == 0 else None

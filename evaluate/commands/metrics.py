@@ -52,13 +52,12 @@ def run(config: MetricsConfig) -> None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(flag, f"{getattr(config, name)}", wanted=f"at least {least}")
 
-    import torch
-
     from evaluate.feature_networks import load_feature_network
     from evaluate.pictures import Pictures
     from evaluate.reference import open_reference, save_reference
+    from precompute.loading import choose_device
 
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(choose_device(config.device or "auto"))
     network = load_feature_network(config.features, device)
     size = (config.resolution, config.resolution) if config.resolution else None
     pictures = Pictures(config.images, size, config.num_images) if config.images else None

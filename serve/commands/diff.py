@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from evaluate.schedulers import DEFAULT_SCHEDULER
+from serve.config import Defaults
 from serve.fast_path import FastPath
 
 
@@ -23,11 +23,11 @@ class DiffConfig:
     """Model folder or hub id of VAE and text encoder; default: the one the run names."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """Of a run; auto takes the averaged weights where there are any."""
-    steps: int = 25
+    steps: int = Defaults.steps
     """Denoising steps."""
-    guidance: float = 5.0
+    guidance: float = Defaults.guidance
     """Guidance scale; 1 is off."""
-    scheduler: str = DEFAULT_SCHEDULER
+    scheduler: str = Defaults.scheduler
     """Sampler; see `evaluate/schedulers.py`."""
     seed: int = 0
     """The n-th prompt starts from the noise of seed + n."""

@@ -81,6 +81,8 @@ def _client(config: QueryConfig) -> Client:
     if config.url:
         token = config.token or os.environ.get(TOKEN_VARIABLE, "")
         return Client(config.url, token, patience_sec=config.patience_sec)
+    if config.token:
+        raise UserError("--token", "is for --url; a server's name stands for its token as well")
     return running_deployment(config.name).client(patience_sec=config.patience_sec)
 
 

@@ -23,7 +23,7 @@ from train.sweep.losses import Loss, read_losses
 from train.sweep.plan import Length, Plan, build_plan
 from train.sweep.progress import Progress
 from train.sweep.report import write_report
-from train.sweep.study import Study, import_optuna
+from train.sweep.study import Study, import_optuna, storage_errors
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -62,6 +62,7 @@ def sweep(
     with ExitStack() as held:
         signals = held.enter_context(StopOnSignal())
         held.enter_context(sole_writer(out))
+        held.enter_context(storage_errors(out))
         pruner = config.pruner if plan.prunes else "none"
         study = Study(out, plan.identity(device), plan.space, pruner, config.sampler_seed)
         progress = Progress(plan, study, len(slots), device)

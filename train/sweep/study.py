@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
 from train.sweep.space import Space, suggest
 
 if TYPE_CHECKING:
@@ -142,6 +144,19 @@ class Study:
         study_id = self._storage.get_study_id_from_name(_NAME)
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
         return optuna.trial.Trial(self._study, trial_id)
+
+
+@contextmanager
+def storage_errors(out: Path) -> Iterator[None]:
+    """A full disk under the study, told as anywhere else."""
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        yield
+    except StorageInternalError as error:
+        found = f"cannot be written ({getattr(error.__cause__, 'orig', error)})"
+        remedy = "free space, then the same command again: it continues"
+        raise StorageError(out / FILE, found, remedy=remedy) from error
 
 
 def _open(path: Path) -> RDBStorage:
