@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from shards.errors import UserError
 
@@ -13,7 +15,7 @@ from shards.errors import UserError
 class ScenesConfig:
     """Settings of `python -m evaluate scenes`."""
 
-    run: str
+    source: Annotated[str, tyro.conf.arg(aliases=["--run"])]
     """Folder of a training run, or one of its checkpoints."""
     scenes: str
     """Folder with image shards of scenes; their captions are the prompts."""
@@ -38,7 +40,7 @@ def run(config: ScenesConfig) -> None:
         raise UserError("--num-images", f"{config.num_images}", wanted=wanted)
     captions = held_out_captions(config.scenes, config.num_images)
     result = measure_scenes(
-        config.run,
+        config.source,
         config.model,
         captions,
         seed=config.seed,
