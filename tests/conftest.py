@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ TINY_MODEL = REPOSITORY / "examples" / "tiny-model"
 RESOLUTIONS = (32, 64)
 NUM_SHARDS, SHARD_LENGTH = 3, 20
 NUM_TOO_SMALL = {32: 0, 64: 6}  # samples of `image_shards` below a resolution
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Training flushes them to zero, for the whole process: the next test has them again."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
+
 
 Members = Sequence[tuple[str, bytes]]
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

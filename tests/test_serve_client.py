@@ -2,7 +2,9 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from helpers_deployment import PNG, Answer, FakeServer, fake_server, refusal
@@ -20,9 +22,10 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the client would have waited."""
+    """What the client would have waited; other threads sleep as ever."""
     waited: list[float] = []
-    monkeypatch.setattr(serve.client.time, "sleep", waited.append)
+    clock = SimpleNamespace(sleep=waited.append, monotonic=time.monotonic)
+    monkeypatch.setattr(serve.client, "time", clock)
     return waited
 
 
