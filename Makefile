@@ -104,7 +104,7 @@ tiny-model: $(READY)  ## train the embedded VAE and text encoder again (about 45
 	@$(PY) -m examples.tiny_model --out examples/tiny-model $(ARGS)
 
 clean:  ## remove .venv, .venv-peers, .venv-download, caches and the demo's data (never data/latents, never other runs)
-	rm -rf $(VENV) $(PEERS) $(DOWNLOAD) data/demo data/bench data/loader-* data/train-step-* data/scaling-* data/env-* report.html runs/demo .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(DOWNLOAD) data/demo data/bench data/loader-* data/train-step-* data/scaling-* data/env-* data/latency report.html runs/demo .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help setup demo download download-env precompute train bench sweep evaluate serve peers test check plan report tiny-clip tiny-model clean
